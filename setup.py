@@ -1,0 +1,71 @@
+"""Build the package `cai_course` from settings.ini; the course's data travels in the wheel as `cai_course/_assets/`."""
+import shlex
+import shutil
+from configparser import ConfigParser
+from pathlib import Path
+
+from setuptools import setup
+from setuptools.command.build_py import build_py
+
+HERE = Path(__file__).resolve().parent
+ASSETS = ("data", "constitutions")
+
+parser = ConfigParser(delimiters=["="])
+parser.read(HERE / "settings.ini", encoding="utf-8")
+config = parser["DEFAULT"]
+
+
+class build_with_assets(build_py):
+    """Copy `data/` and `constitutions/` beside the modules. An editable install reads them where they are."""
+
+    def _assets(self):
+        for name in ASSETS:
+            for source in sorted((HERE / name).rglob("*")):
+                parts = source.relative_to(HERE).parts
+                if source.is_file() and not any(part.startswith((".", "__pycache__")) for part in parts):
+                    yield source, Path(self.build_lib, config["lib_path"], "_assets", *parts)
+
+    def run(self):
+        super().run()
+        if not self.editable_mode:
+            for source, target in self._assets():
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(source, target)
+
+    def get_outputs(self, include_bytecode=True):
+        outputs = super().get_outputs(include_bytecode)
+        return outputs if self.editable_mode else outputs + [str(target) for _, target in self._assets()]
+
+
+setup(
+    name=config["lib_name"],
+    version=config["version"],
+    description=config["description"],
+    long_description=(HERE / "README.md").read_text(encoding="utf-8") if (HERE / "README.md").exists() else "",
+    long_description_content_type="text/markdown",
+    author=config["author"],
+    author_email=config["author_email"],
+    url=config["git_url"],
+    license="Apache-2.0",
+    keywords=config["keywords"].split(),
+    classifiers=[
+        "Development Status :: 3 - Alpha",
+        "Intended Audience :: Education",
+        "Intended Audience :: Developers",
+        "Intended Audience :: Science/Research",
+        "Natural Language :: English",
+        "Programming Language :: Python :: 3",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+    packages=[config["lib_path"]],
+    include_package_data=False,
+    python_requires=">=" + config["min_python"],
+    install_requires=shlex.split(config["requirements"]),
+    extras_require={"dev": shlex.split(config["dev_requirements"])},
+    entry_points={
+        "console_scripts": ["cai-course = cai_course.cli:main"],
+        "nbdev": ["cai_course = cai_course._modidx:d"],
+    },
+    cmdclass={"build_py": build_with_assets},
+    zip_safe=False,
+)
