@@ -25,9 +25,10 @@ test: $(STAMP) ## check that notebooks and library agree, run every notebook and
 notebooks: $(STAMP) ## run the notebooks again and store their outputs (ARGS: which ones)
 	@$(PY) tools/run_notebooks.py $(ARGS)
 
-docs: $(STAMP) ## render the docs site into _docs/ (needs Quarto)
+docs: ## render the docs site into _docs/ (needs Quarto)
 	@command -v quarto >/dev/null || { echo "make docs: the program quarto was not found on PATH; the site is rendered by Quarto 1.5 or newer." \
 	"Install it from its own site, quarto.org, then run make docs again. The notebooks in nbs/ hold the same pages: make lab opens them." >&2; exit 1; }
+	@$(MAKE) --no-print-directory venv
 	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/nbdev_docs
 
 venv: $(STAMP) ## create or update .venv without running anything
@@ -44,7 +45,7 @@ clean: ## remove what can be made again (never runs/, work/ or .venv)
 	find . -name .venv -prune -o \( -name __pycache__ -o -name .ipynb_checkpoints \) -type d -exec rm -rf {} +
 
 $(STAMP): settings.ini setup.py pyproject.toml constraints.txt
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "make: $(PYTHON) is $$($(PYTHON) --version 2>&1 || echo missing);" \
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { echo "make: $(PYTHON) is $$($(PYTHON) --version 2>/dev/null || echo missing);" \
 	"the course needs Python 3.11 or newer. Name one that you have: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
 	@$(PY) -c '' 2>/dev/null || $(PYTHON) -m venv --clear .venv
 	@rm -f .venv/.installed-*

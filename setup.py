@@ -46,7 +46,7 @@ setup(
     author=config["author"],
     author_email=config["author_email"],
     url=config["git_url"],
-    license="Apache-2.0",
+    license_expression="Apache-2.0",
     keywords=config["keywords"].split(),
     classifiers=[
         "Development Status :: 3 - Alpha",

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MAX_BYTES', 'MAX_TEXT', 'MAX_EXAMPLE', 'MAX_PRINCIPLES', 'MAX_DEPTH', 'Principle', 'CritiqueExample',
            'ComparisonExample', 'Constitution', 'text_rng', 'Problem', 'available_constitutions', 'validate',
-           'load_constitution', 'Change', 'diff', 'quote']
+           'load_constitution', 'Change', 'diff', 'quote', 'check_texts', 'few_shot_examples']
 
 # %% ../nbs/10_constitution.ipynb #2240f61c
 import difflib
@@ -14,7 +14,8 @@ import html
 import json
 import re
 import unicodedata
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
+from numbers import Integral
 from pathlib import Path
 
 import numpy as np
@@ -40,8 +41,8 @@ class Principle:
     def __post_init__(self):
         if bool(self.critique_request) != bool(self.revision_request):
             given, missing = ("critique_request", "revision_request")[::1 if self.critique_request else -1]
-            raise CourseError(f"principle {self.id!r} has a {given} but no {missing}; critique and revision work as a pair. "
-                              f"Write the {missing}, or leave out both.")
+            raise CourseError(f"principle {self.id!r} has a {given} but no {missing}; critique and revision work as a "
+                              f"pair. Write the {missing}, or leave out both.")
         if not (self.critique_request or self.comparison_question):
             raise CourseError(f"principle {self.id!r} has neither a critique_request with its revision_request nor a "
                               "comparison_question, so nothing can use it. Write at least one of the two.")
@@ -89,8 +90,8 @@ class Constitution:
         ids = [p.id for p in self.principles]
         twice = sorted({i for i in ids if ids.count(i) > 1})
         if twice:
-            raise CourseError(f"constitution {self.name!r} has more than one principle with id {twice[0]!r}; ids must be "
-                              "unique, because results are recorded under them. Rename one of them.")
+            raise CourseError(f"constitution {self.name!r} has more than one principle with id {twice[0]!r}; ids must "
+                              "be unique, because results are recorded under them. Rename one of them.")
 
     @property
     def critique_principles(self)->tuple: # Of `Principle`
@@ -128,7 +129,8 @@ class Constitution:
         "Look up a principle by its id. Raises `CourseError` for an unknown id."
         for p in self.principles:
             if p.id == id: return p
-        raise CourseError(f"constitution {self.name!r} has no principle {id!r}.{_suggest(id, [p.id for p in self.principles])} "
+        raise CourseError(f"constitution {self.name!r} has no principle "
+                          f"{id!r}.{_suggest(id, [p.id for p in self.principles])} "
                           f"It has: {', '.join(p.id for p in self.principles)}.")
 
     def __len__(self)->int: return len(self.principles)
@@ -136,28 +138,32 @@ class Constitution:
     def select(self,
         ids, # Ids of the principles to keep; a single id may be given as a string
     )->"Constitution": # The same constitution with only these principles, in the order given
-        "Keep some principles only: the tool for asking what one principle does. Raises `CourseError` for an unknown id."
+        "Keep some principles only, to see what one of them does. Raises `CourseError` for an unknown id."
         ids = [ids] if isinstance(ids, str) else list(ids)
         return replace(self, principles=tuple(self[i] for i in ids))
 
     def hash(self)->str: # 64 hexadecimal digits
-        "Fingerprint (SHA-256) of all that can reach a model: principles in order, and examples. Name, version and description do not count."
-        seen = {k: v for k, v in asdict(self).items() if k in ("principles", "critique_examples", "comparison_examples")}
+        "Fingerprint (SHA-256) of what can reach a model: principles in order, and examples; no name or description."
+        seen = {k: v for k, v in asdict(self).items() if k not in ("name", "version", "description")}
         return hashlib.sha256(json.dumps(seen, sort_keys=True, ensure_ascii=True).encode()).hexdigest()
 
     def to_yaml(self)->str: # Text that `load_constitution` reads back as an equal constitution
         "Write the constitution as YAML."
         def row(p): return {k: (v or None) if k.endswith(("request", "question")) else v for k, v in asdict(p).items()}
-        tree = dict(name=self.name, version=self.version, description=self.description, principles=[row(p) for p in self.principles])
-        shots = {k: [asdict(e) for e in v] for k, v in (("critique", self.critique_examples), ("comparison", self.comparison_examples)) if v}
+        tree = dict(name=self.name, version=self.version, description=self.description,
+                    principles=[row(p) for p in self.principles])
+        shots = dict(critique=self.critique_examples, comparison=self.comparison_examples)
+        shots = {k: [asdict(e) for e in v] for k, v in shots.items() if v}
         if shots: tree["few_shot"] = shots
         return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True, width=100)
 
     def _repr_html_(self):
         cells = ("id", "kind", "critique_request", "revision_request", "comparison_question")
         row = lambda tag, xs: "<tr>" + "".join(f"<{tag}>{html.escape(x)}</{tag}>" for x in xs) + "</tr>"
-        return (f"<p><b>{html.escape(self.name)}</b> {html.escape(self.version)}: {html.escape(self.description)}</p><table>"
-                + row("th", cells) + "".join(row("td", [getattr(p, c) for c in cells]) for p in self.principles) + "</table>")
+        return (f"<p><b>{html.escape(self.name)}</b> {html.escape(self.version)}: "
+                f"{html.escape(self.description)}</p><table>"
+                + row("th", cells) + "".join(row("td", [getattr(p, c) for c in cells]) for p in self.principles)
+                + "</table>")
 
 # %% ../nbs/10_constitution.ipynb #09d08b94
 def _draw(principles, rng, name, field):
@@ -176,7 +182,7 @@ def text_rng(
     *keys, # Texts or integers that name what is being decided, such as the prompt and the round
 )->np.random.Generator: # Depends on the seed and the keys and on nothing else
     "A random generator that belongs to one text, so that a draw does not depend on its neighbors in a batch."
-    name = json.dumps([int(seed), *[k if isinstance(k, int) else str(k) for k in keys]]).encode()
+    name = json.dumps([int(seed), *[int(k) if isinstance(k, Integral) else str(k) for k in keys]]).encode()
     return np.random.default_rng(int.from_bytes(hashlib.blake2b(name, digest_size=16).digest(), "big"))
 
 # %% ../nbs/10_constitution.ipynb #ef598212
@@ -193,15 +199,15 @@ class Problem:
         return where + (f", {self.field}: " if self.field else ": ") + self.message
 
 # %% ../nbs/10_constitution.ipynb #e7ae9203
-MAX_BYTES = 1_000_000 # of a constitution file
+MAX_BYTES = 250_000 # of a constitution file
 MAX_TEXT = 2_000 # characters of one request, question or short text
 MAX_EXAMPLE = 10_000 # characters of one text of an example
 MAX_PRINCIPLES = 1_000
 MAX_DEPTH = 8 # of nested lists and mappings
 _STR, _NULL = "tag:yaml.org,2002:str", "tag:yaml.org,2002:null"
 _PLAIN_TAGS = {f"tag:yaml.org,2002:{t}" for t in ("str", "int", "float", "bool", "null", "map", "seq", "timestamp")}
-_NAMES = {"str": "text", "int": "a number", "float": "a number", "bool": "yes/no", "null": "nothing", "timestamp": "a date",
-          "map": "a mapping", "seq": "a list"}
+_NAMES = {"str": "text", "int": "a number", "float": "a number", "bool": "yes/no", "null": "nothing",
+          "timestamp": "a date", "map": "a mapping", "seq": "a list"}
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 
 class _Stop(Exception): "The file cannot be read further; the problem is recorded."
@@ -224,22 +230,29 @@ class _Reader:
             for e in yaml.parse(text, Loader=yaml.SafeLoader): # events first: nothing is built yet
                 line = e.start_mark.line + 1
                 if isinstance(e, yaml.AliasEvent):
-                    self.stop(line, "", f"the alias *{e.anchor} is not allowed, because repeated aliases can grow without limit. Write the text out.")
+                    self.stop(line, "", f"the alias *{e.anchor} is not allowed, because repeated aliases can grow "
+                              f"without limit. Write the text out.")
                 tag = getattr(e, "tag", None)
                 if tag and tag not in _PLAIN_TAGS | {"!"}:
                     shown = tag.replace("tag:yaml.org,2002:", "!!")[:80]
-                    self.stop(line, "", f"the tag {shown} is not allowed: a tag like this can run code. A constitution holds plain text, lists and mappings only. Remove the tag.")
+                    self.stop(line, "", f"the tag {shown} is not allowed: a tag like this can run code. A "
+                              f"constitution holds plain text, lists and mappings only. Remove the tag.")
                 depth += isinstance(e, (yaml.MappingStartEvent, yaml.SequenceStartEvent))
                 depth -= isinstance(e, (yaml.MappingEndEvent, yaml.SequenceEndEvent))
                 documents += isinstance(e, yaml.DocumentStartEvent)
-                if depth > MAX_DEPTH: self.stop(line, "", f"lists and mappings are nested more than {MAX_DEPTH} deep; a constitution needs 4. Check the brackets and the indentation.")
-                if documents > 1: self.stop(line, "", "a second document starts here (a line ---). One file holds one constitution. Split the file.")
+                if depth > MAX_DEPTH:
+                    self.stop(line, "", f"lists and mappings are nested more than {MAX_DEPTH} deep; a constitution "
+                              f"needs 4. Check the brackets and the indentation.")
+                if documents > 1:
+                    self.stop(line, "", "a second document starts here (a line ---). One file holds one constitution. "
+                              "Split the file.")
             return yaml.compose(text, Loader=yaml.SafeLoader)
         except yaml.YAMLError as e:
             mark = getattr(e, "problem_mark", None) or getattr(e, "context_mark", None)
             what = getattr(e, "problem", None) or getattr(e, "reason", None) or str(e)
             line = mark.line + 1 if mark else text.count("\n", 0, getattr(e, "position", 0) or 0) + 1
-            self.stop(line, "", f"this is not YAML: {what}. Check the indentation, the colons, and put quotes around text that holds ': ' or '#'.")
+            self.stop(line, "", f"this is not YAML: {what}. Check the indentation, the colons, and put quotes around "
+                      f"text that holds ': ' or '#'.")
 
     def kind_of(self, node): return _NAMES.get(node.tag.rsplit(":", 1)[-1], "something else")
 
@@ -247,19 +260,24 @@ class _Reader:
         "A dict of nodes, with a problem for each unknown, repeated or missing key; None if it is no mapping."
         if not isinstance(node, yaml.MappingNode):
             shown = f" ({str(node.value)[:40]!r})" if isinstance(node, yaml.ScalarNode) and node.value else ""
-            return self.problem(node, field, f"found {self.kind_of(node)}{shown}, need a mapping with the fields {', '.join(allowed)}. Write them as `field: text`, one on each line.")
+            return self.problem(node, field, f"found {self.kind_of(node)}{shown}, need a mapping with the fields "
+                                f"{', '.join(allowed)}. Write them as `field: text`, one on each line.")
         out = {}
         for key, value in node.value:
             name = key.value if isinstance(key, yaml.ScalarNode) else self.kind_of(key)
             at = f"{field}.{name}" if field else str(name)
             if not isinstance(key, yaml.ScalarNode) or name not in allowed:
-                self.problem(key, at, f"unknown field.{_suggest(name, allowed)} The fields are: {', '.join(allowed)}. Rename or remove it.")
-            elif name in out: self.problem(key, at, "the field is written twice, and only one of the two would count. Remove one.")
+                self.problem(key, at, f"unknown field.{_suggest(name, allowed)} The fields are: {', '.join(allowed)}. "
+                             f"Rename or remove it.")
+            elif name in out:
+                self.problem(key, at, "the field is written twice, and only one of the two would count. Remove one.")
             else: out[name] = value
         for name in required:
             if name not in out:
-                extra = " A principle that is not meant for this job says so: write `null` after the colon." if name.endswith(("request", "question")) and not field.startswith("few_shot") else ""
-                self.problem(node, f"{field}.{name}" if field else name, f"missing {name}. Add a line `{name}: ...`.{extra}")
+                optional = name.endswith(("request", "question")) and not field.startswith("few_shot")
+                extra = " If the principle is not meant for this job, write `null`." if optional else ""
+                self.problem(node, f"{field}.{name}" if field else name, f"missing {name}. Add a line `{name}: "
+                             f"...`.{extra}")
         return out
 
     def items(self, node, field):
@@ -277,13 +295,15 @@ class _Reader:
         tag = node.tag if not (number and self.kind_of(node) in ("a number", "a date")) else _STR
         if tag == _NULL and empty: return ""
         if tag not in (_STR, _NULL):
-            self.problem(node, field, f"found {self.kind_of(node)} ({node.value[:40]!r}), need text. Put quotes around it: \"{node.value[:40]}\".")
+            self.problem(node, field, f"found {self.kind_of(node)} ({node.value[:40]!r}), need text. Put quotes "
+                         f"around it: \"{node.value[:40]}\".")
             return ""
         value = " ".join(node.value.split()) if one_line else node.value.strip()
         if tag == _NULL: value = ""
         if not value and not empty: self.problem(node, field, "the text is empty. Write it, or remove the whole entry.")
         if len(value) > limit:
-            self.problem(node, field, f"the text has {len(value):,} characters, the limit is {limit:,}. Shorten it; a model reads it once for every single prompt.")
+            self.problem(node, field, f"the text has {len(value):,} characters, the limit is {limit:,}. Shorten it; a "
+                         f"model reads it once for every single prompt.")
             return ""
         return value
 
@@ -291,10 +311,11 @@ class _Reader:
         names = [f.name for f in fields(Principle)]
         found = self.mapping(node, field, names, ["id", "critique_request", "revision_request", "comparison_question"])
         if found is None: return None
-        out = {n: self.text(found.get(n), f"{field}.{n}", limit=64 if n in ("id", "kind") else MAX_TEXT, number=n == "id",
-                            empty=n.endswith(("request", "question")) and found[n].tag == _NULL) for n in found}
+        out = {n: self.text(x, f"{field}.{n}", limit=64 if n in ("id", "kind") else MAX_TEXT, number=n == "id",
+                            empty=n.endswith(("request", "question")) and x.tag == _NULL) for n, x in found.items()}
         if out.get("id") and not _ID.fullmatch(out["id"]):
-            self.problem(found["id"], f"{field}.id", f"found {out['id']!r}; an id is letters, digits, '-', '_' and '.', and starts with a letter or digit. Rename it.")
+            self.problem(found["id"], f"{field}.id", f"found {out['id']!r}; an id is letters, digits, '-', '_' and "
+                         f"'.', and starts with a letter or digit. Rename it.")
         return out
 
     def examples(self, node, field, cls):
@@ -309,105 +330,139 @@ class _Reader:
                 row.setdefault("reasoning", "")
                 row["answer"] = row.get("answer", "").strip("()")
                 if row["answer"] not in ("A", "B") and "answer" in found:
-                    self.problem(found["answer"], f"{at}.answer", f"found {found['answer'].value!r}, need A or B. Name the better option.")
+                    self.problem(found["answer"], f"{at}.answer", f"found {found['answer'].value!r}, need A or B. "
+                                 f"Name the better option.")
             if not self.problems: out.append(cls(**row))
         return out
 
     def read(self, text):
         "The whole file: a Constitution, or None with `problems` filled."
         try:
-            if not text.strip(): self.stop(0, "", "the file is empty. A constitution needs at least name, version and principles.")
+            if not text.strip():
+                self.stop(0, "", "the file is empty. A constitution needs at least name, version and principles.")
             root = self.compose(text)
-            if root is None: self.stop(0, "", "the file holds only comments. A constitution needs at least name, version and principles.")
+            if root is None:
+                self.stop(0, "", "the file holds only comments. A constitution needs at least name, version and "
+                          "principles.")
         except _Stop: return None
-        top = self.mapping(root, "", ["name", "version", "description", "principles", "few_shot"], ["name", "version", "principles"])
+        known = ["name", "version", "description", "principles", "few_shot"]
+        top = self.mapping(root, "", known, ["name", "version", "principles"])
         if top is None: return None
-        head = {k: self.text(top.get(k), k, number=k == "version", empty=k == "description") for k in ("name", "version", "description")}
+        head = {k: self.text(top.get(k), k, number=k == "version", empty=k == "description") for k in known[:3]}
         rows, lines = [], {}
         nodes = self.items(top["principles"], "principles") if "principles" in top else []
         if "principles" in top and isinstance(top["principles"], yaml.SequenceNode) and not nodes:
-            self.problem(top["principles"], "principles", "there are no principles; a constitution needs at least one. Add an entry that begins with `- id: ...`.")
-        if len(nodes) > MAX_PRINCIPLES: self.problem(nodes[MAX_PRINCIPLES], "principles", f"there are {len(nodes):,} principles, the limit is {MAX_PRINCIPLES:,}. Split the file.")
+            self.problem(top["principles"], "principles", "there are no principles; a constitution needs at least "
+                         "one. Add an entry that begins with `- id: ...`.")
+        if len(nodes) > MAX_PRINCIPLES:
+            self.problem(nodes[MAX_PRINCIPLES], "principles", f"there are {len(nodes):,} principles, the limit is "
+                         f"{MAX_PRINCIPLES:,}. Split the file.")
         for i, n in enumerate(nodes):
             at = f"principles[{i + 1}]"
             before = len(self.problems)
             row = self.principle(n, at)
-            if row and row.get("id") in lines: self.problem(n, f"{at}.id", f"the id {row['id']!r} is used already in line {lines[row['id']]}; ids must be unique. Rename one of them.")
+            if row and row.get("id") in lines:
+                self.problem(n, f"{at}.id", f"the id {row['id']!r} is used already in line {lines[row['id']]}; ids "
+                             f"must be unique. Rename one of them.")
             elif row and row.get("id"): lines[row["id"]] = n.start_mark.line + 1
             if row is None or len(self.problems) > before: continue
             try: rows.append(Principle(**row))
             except CourseError as e: self.problem(n, at, str(e))
         shots = self.mapping(top["few_shot"], "few_shot", ["critique", "comparison"], []) if "few_shot" in top else None
         shots = shots or {}
-        critique = self.examples(shots["critique"], "few_shot.critique", CritiqueExample) if "critique" in shots else []
-        comparison = self.examples(shots["comparison"], "few_shot.comparison", ComparisonExample) if "comparison" in shots else []
-        return None if self.problems else Constitution(**head, principles=rows, critique_examples=critique, comparison_examples=comparison)
+        read = {job: self.examples(shots[job], f"few_shot.{job}", cls) if job in shots else []
+                for job, cls in (("critique", CritiqueExample), ("comparison", ComparisonExample))}
+        return None if self.problems else Constitution(**head, principles=rows, critique_examples=read["critique"],
+                                                       comparison_examples=read["comparison"])
 
 # %% ../nbs/10_constitution.ipynb #0e52b95c
 _CRITIQUE_FILE, _COMPARISON_FILE = "CritiqueRevisionInstructions.json", "RLMadisonInstructions.json"
-_SHOT_FILES = ("CritiqueRevisionFewShotPrompts.json", "RLMadisonFewShotPrompts.json", "RLMadisonPrecogFewShotPrompts.json")
+_SHOT_FILES = ("CritiqueRevisionFewShotPrompts.json", "RLMadisonFewShotPrompts.json",
+               "RLMadisonPrecogFewShotPrompts.json")
 
 def _json(path):
     try: return json.loads(_read_text(path))
     except json.JSONDecodeError as e:
         raise CourseError(f"{path}, line {e.lineno}: this is not JSON: {e.msg}. Download the file again.") from None
-    except RecursionError: raise CourseError(f"{path}: lists are nested too deeply to be a file of the paper. Download the file again.") from None
+    except RecursionError:
+        raise CourseError(f"{path}: lists are nested too deeply to be a file of the paper. Download the file "
+                          f"again.") from None
+
+def _json_list(path):
+    data = _json(path)
+    if isinstance(data, list) and data: return data
+    raise CourseError(f"{path}: found {type(data).__name__}, need a list with at least one entry, as in the paper's "
+                      f"file of that name. "
+                      "Download the file again.")
 
 def _bare(text, path, where):
     "Text of the paper without its frame: 'CritiqueRequest: ... Critique:' and the like."
     if not isinstance(text, str):
-        raise CourseError(f"{path}, {where}: found {type(text).__name__}, need text. This is not the form of the paper's file; download it again.")
+        raise CourseError(f"{path}, {where}: found {type(text).__name__}, need text. This is not the form of the "
+                          f"paper's file; download it again.")
     text = re.sub(r"^\s*(CritiqueRequest|RevisionRequest):", "", text)
     text = " ".join(re.sub(r"(Critique:|Revision:|Options:)\s*$", "", text).split())
     if not text: raise CourseError(f"{path}, {where}: the text is empty. Write it, or remove the entry.")
-    if len(text) > MAX_TEXT: raise CourseError(f"{path}, {where}: the text has {len(text):,} characters, the limit is {MAX_TEXT:,}. Shorten it.")
+    if len(text) > MAX_TEXT:
+        raise CourseError(f"{path}, {where}: the text has {len(text):,} characters, the limit is {MAX_TEXT:,}. "
+                          f"Shorten it.")
     return text
 
 def _paper_critiques(path):
     data, out = _json(path), []
-    if not isinstance(data, dict) or not data: raise CourseError(f"{path}: found {type(data).__name__}, need a mapping from names to 'prompt' and 'edit_request', as in the paper's {_CRITIQUE_FILE}.")
+    if not isinstance(data, dict) or not data:
+        raise CourseError(f"{path}: found {type(data).__name__}, need a mapping from names to 'prompt' and "
+                          f"'edit_request', as in the paper's {_CRITIQUE_FILE}.")
     for name, row in data.items():
-        if not (isinstance(row, dict) and isinstance(row.get("prompt"), list) and row["prompt"] and "edit_request" in row):
-            raise CourseError(f"{path}, {name}: need a 'prompt' (a list with one text) and an 'edit_request'. Compare with the other entries.")
+        asks = row.get("prompt") if isinstance(row, dict) else None
+        if not (isinstance(asks, list) and asks and "edit_request" in row):
+            raise CourseError(f"{path}, {name}: need a 'prompt' (a list with one text) and an 'edit_request'. Compare "
+                              f"with the other entries.")
         out.append(Principle(name, "general", critique_request=_bare(row["prompt"][0], path, f"{name}.prompt"),
                              revision_request=_bare(row["edit_request"], path, f"{name}.edit_request")))
     return out
 
 def _paper_comparisons(path):
-    data = _json(path)
-    if not isinstance(data, list) or not data: raise CourseError(f"{path}: found {type(data).__name__}, need a list of questions, as in the paper's {_COMPARISON_FILE}.")
-    return [Principle(f"comparison{i}", "general", comparison_question=_bare(q, path, f"entry {i + 1}")) for i, q in enumerate(data)]
+    return [Principle(f"comparison{i}", "general", comparison_question=_bare(q, path, f"entry {i + 1}"))
+            for i, q in enumerate(_json_list(path))]
 
 def _paper_critique_examples(path):
     out = []
-    for i, t in enumerate(_json(path)):
-        m = re.fullmatch(r"\s*Human:(.*)\n+Assistant:(.*?)\n+CritiqueRequest:(.*?)\n+Critique:(.*?)\n+RevisionRequest:(.*?)\n+Revision:(.*?)(\n+Human:\s*)?",
+    for i, t in enumerate(_json_list(path)):
+        m = re.fullmatch(r"\s*Human:(.*)\n+Assistant:(.*?)\n+CritiqueRequest:(.*?)\n+Critique:(.*?)\n+"
+                         r"RevisionRequest:(.*?)\n+Revision:(.*?)(\n+Human:\s*)?",
                          t if isinstance(t, str) else "", re.DOTALL)
-        if not m: raise CourseError(f"{path}, entry {i + 1}: need Human, Assistant, CritiqueRequest, Critique, RevisionRequest and Revision in this order. Download the file again.")
+        if not m:
+            raise CourseError(f"{path}, entry {i + 1}: need Human, Assistant, CritiqueRequest, Critique, "
+                              f"RevisionRequest and Revision in this order. Download the file again.")
         out.append(CritiqueExample(*[g.strip() for g in m.groups()[:6]]))
     return out
 
 def _paper_comparison_examples(path):
     out = []
-    for i, row in enumerate(_json(path)):
+    for i, row in enumerate(_json_list(path)):
         prompt = row.get("prompt", "") if isinstance(row, dict) else ""
-        m = re.fullmatch(r"(.*?)\n+\{\}\n\s*\(A\) \[\[\[(.*?)\]\]\]\n\s*\(B\) \[\[\[(.*?)\]\]\]\n+Assistant: Let's think step by step:(.*?)\n+Human:\s*So the answer is: \(([AB])\)\s*",
+        m = re.fullmatch(r"(.*?)\n+\{\}\n\s*\(A\) \[\[\[(.*?)\]\]\]\n\s*\(B\) \[\[\[(.*?)\]\]\]\n+"
+                         r"Assistant: Let's think step by step:(.*?)\n+Human:\s*So the answer is: \(([AB])\)\s*",
                          prompt, re.DOTALL)
         if m: # with reasoning; the dialogue is written with H: and A:
             talk = re.sub(r"^H:\s*", "", m[1].split("(A):\n\n", 1)[-1].strip())
             talk = re.sub(r"(?m)^H:", "Human:", re.sub(r"(?m)^A:", "Assistant:", talk))
             out.append(ComparisonExample(talk, "", m[2].strip(), m[3].strip(), " ".join(m[4].split()), m[5]))
-        elif isinstance(row, dict) and row.get("corrects") and row.get("incorrects"): # the place of the good reply alternates
+        elif isinstance(row, dict) and row.get("corrects") and row.get("incorrects"): # the good reply changes places
             good, bad = str(row["corrects"][0]).strip(), str(row["incorrects"][0]).strip()
             talk = re.sub(r"^Human:\s*|\s*Assistant:$", "", prompt.strip()).strip()
             out.append(ComparisonExample(talk, "", *((good, bad, "", "A") if i % 2 == 0 else (bad, good, "", "B"))))
-        else: raise CourseError(f"{path}, entry {i + 1}: need 'corrects' and 'incorrects', or a prompt with options (A) and (B) and an answer. Download the file again.")
+        else:
+            raise CourseError(f"{path}, entry {i + 1}: need 'corrects' and 'incorrects', or a prompt with options (A) "
+                              f"and (B) and an answer. Download the file again.")
     return out
 
 def _paper(path):
     "A constitution from one of the paper's files, or from the folder that holds them."
     folder = path if path.is_dir() else None
-    files = [path] if folder is None else [folder/n for n in (_CRITIQUE_FILE, _COMPARISON_FILE, *_SHOT_FILES) if (folder/n).is_file()]
+    names = (_CRITIQUE_FILE, _COMPARISON_FILE, *_SHOT_FILES)
+    files = [path] if folder is None else [folder/n for n in names if (folder/n).is_file()]
     principles, critiques, comparisons = [], [], []
     for f in files:
         data = _json(f)
@@ -416,39 +471,57 @@ def _paper(path):
         elif f.name in _SHOT_FILES[1:]: comparisons += _paper_comparison_examples(f)
         else: principles += _paper_comparisons(f)
     if not principles:
-        raise CourseError(f"{path}: these are examples without principles. Name the folder that also holds {_CRITIQUE_FILE} or {_COMPARISON_FILE}.")
-    return Constitution("constitutional-ai-paper", "2212.08073", "The published principles of the Constitutional AI paper.", principles, critiques, comparisons)
+        raise CourseError(f"{path}: these are examples without principles. Name the folder that also holds "
+                          f"{_CRITIQUE_FILE} or {_COMPARISON_FILE}.")
+    return Constitution("constitutional-ai-paper", "2212.08073", "The published principles of the Constitutional AI "
+                        "paper.", principles, critiques, comparisons)
 
 # %% ../nbs/10_constitution.ipynb #abf5200b
 def _read_text(path):
     path = Path(path)
     size = path.stat().st_size
-    if size > MAX_BYTES: raise CourseError(f"{path}: the file has {size:,} bytes, the limit is {MAX_BYTES:,}. A constitution is a short text; is this the right file?")
+    if size > MAX_BYTES:
+        raise CourseError(f"{path}: the file has {size:,} bytes, the limit is {MAX_BYTES:,}. A constitution is a "
+                          f"short text; is this the right file?")
     try: return path.read_bytes().decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
     except UnicodeDecodeError as e:
-        raise CourseError(f"{path}: byte {e.start + 1} is not UTF-8 text ({e.reason}). Save the file as UTF-8 in your editor.") from None
-    except PermissionError: raise CourseError(f"{path}: no permission to read the file. Change its permissions, or copy it.") from None
+        raise CourseError(f"{path}: byte {e.start + 1} is not UTF-8 text ({e.reason}). Save the file as UTF-8 in your "
+                          f"editor.") from None
+    except PermissionError:
+        raise CourseError(f"{path}: no permission to read the file. Change its permissions, or copy it.") from None
 
 def _find(name_or_path):
     "The file or folder that a name or path means."
     if not isinstance(name_or_path, (str, Path)):
-        raise CourseError(f"found {type(name_or_path).__name__} where a constitution was expected; need a name, a path or a Constitution. The names are: {', '.join(available_constitutions())}.")
+        raise CourseError(f"found {type(name_or_path).__name__} where a constitution was expected; need a name, a "
+                          f"path or a Constitution. The names are: {', '.join(available_constitutions())}.")
     given = str(name_or_path)
-    if not given.strip() or "\0" in given: raise CourseError(f"found {given!r} where the name of a constitution was expected. The names are: {', '.join(available_constitutions())}.")
+    if not given.strip() or "\0" in given:
+        raise CourseError(f"found {given!r} where the name of a constitution was expected. The names are: "
+                          f"{', '.join(available_constitutions())}.")
     names = available_constitutions()
-    if given in names: return next(p for p in (constitutions_dir()/f"{given}{s}" for s in (".yaml", ".yml")) if p.is_file())
-    path = Path(given).expanduser()
-    if not path.exists():
-        raise CourseError(f"there is no constitution {given!r}: it is neither a shipped name nor an existing file.{_suggest(given, names)} The names are: {', '.join(names) or '(none)'}. To use your own, give the path of a .yaml file.")
+    if given in names:
+        return next(p for p in (constitutions_dir()/f"{given}{s}" for s in (".yaml", ".yml")) if p.is_file())
+    path = Path(given)
+    try: found = path.exists()
+    except OSError: found = False # a name that no file can have
+    if not found:
+        raise CourseError(f"there is no constitution {given[:200]!r}: it is neither a shipped name nor an existing "
+                          f"file.{_suggest(given, names)} The names are: "
+                          f"{', '.join(names) or '(none)'}. To use your own, give the path of a .yaml file.")
     if path.is_dir() and not any((path/n).is_file() for n in (_CRITIQUE_FILE, _COMPARISON_FILE)):
-        raise CourseError(f"{path} is a folder; need a .yaml file, or the folder that holds the paper's {_CRITIQUE_FILE} and {_COMPARISON_FILE}. Name the file itself.")
-    if not path.is_dir() and not path.is_file(): raise CourseError(f"{path} is neither a file nor a folder. Give the path of a .yaml file.")
+        raise CourseError(f"{path} is a folder; need a .yaml file, or the folder that holds the paper's "
+                          f"{_CRITIQUE_FILE} and {_COMPARISON_FILE}. Name the file itself.")
+    if not path.is_dir() and not path.is_file():
+        raise CourseError(f"{path} is neither a file nor a folder. Give the path of a .yaml file.")
     return path
 
 # %% ../nbs/10_constitution.ipynb #47e67349
 def available_constitutions()->list: # Names, sorted
     "The names of the constitutions that are shipped with the course."
-    return sorted({p.stem for p in Path(constitutions_dir()).glob("*.y*ml")}) if Path(constitutions_dir()).is_dir() else []
+    try: folder = constitutions_dir()
+    except CourseError: return []
+    return sorted({p.stem for p in folder.iterdir() if p.suffix in (".yaml", ".yml")})
 
 # %% ../nbs/10_constitution.ipynb #f762e233
 def validate(
@@ -456,7 +529,7 @@ def validate(
 )->list: # Of `Problem`, in the order of the lines; empty: the file is good
     """Find everything that is wrong with a constitution file, without stopping at the first problem.
 
-    Raises `CourseError` only if there is no such file or it is not text.
+    Raises `CourseError` if there is no such file, if it is not text, and for the first problem in a file of the paper.
     """
     path = _find(name_or_path)
     if path.is_dir() or path.suffix == ".json":
@@ -468,7 +541,7 @@ def validate(
 
 # %% ../nbs/10_constitution.ipynb #8a9372a2
 def load_constitution(
-    name_or_path, # Shipped name, path of a YAML file, path of the paper's JSON (file or folder); a Constitution is returned as it is
+    name_or_path, # Shipped name, or path of a YAML file or the paper's JSON; a Constitution is returned as it is
 )->Constitution: # Checked
     """Load a constitution.
 
@@ -503,7 +576,8 @@ def diff(
 )->list: # Of `Change`; empty if nothing differs
     "List what has changed from one constitution to another, principle by principle."
     a, b = load_constitution(a), load_constitution(b)
-    out = [Change("changed", k, getattr(a, k), getattr(b, k)) for k in ("name", "version", "description") if getattr(a, k) != getattr(b, k)]
+    out = [Change("changed", k, getattr(a, k), getattr(b, k))
+           for k in ("name", "version", "description") if getattr(a, k) != getattr(b, k)]
     old, new = {p.id: p for p in a.principles}, {p.id: p for p in b.principles}
     out += [Change("removed", i) for i in old if i not in new]
     out += [Change("added", i) for i in new if i not in old]
@@ -515,7 +589,8 @@ def diff(
     if kept_a != kept_b: out.append(Change("moved", "principles", ", ".join(kept_a), ", ".join(kept_b)))
     for k in ("critique_examples", "comparison_examples"):
         x, y = getattr(a, k), getattr(b, k)
-        if x != y: out.append(Change("changed", k, f"{len(x)} examples", f"{len(y)} examples, {sum(e not in x for e in y)} of them new"))
+        if x != y: out.append(Change("changed", k, f"{len(x)} examples", f"{len(y)} examples, "
+                                     f"{sum(e not in x for e in y)} of them new"))
     return out
 
 # %% ../nbs/10_constitution.ipynb #9d717686
@@ -525,16 +600,36 @@ def quote(
     options:bool=False, # Also turn the option marks (A) and (B) into [A] and [B]
 )->str: # Text that cannot be taken for a part of the prompt around it; ordinary text comes back unchanged
     "Make text by somebody else safe to stand inside a prompt: no forged field names, no forged option labels."
-    plain = unicodedata.normalize("NFKC", text) if not text.isascii() else text
-    bare = _INVISIBLE.sub("", plain) if not text.isascii() else plain
-    if not text.isascii() and (_OPTION.search(bare) or _FIELD.search(bare) or _ANSWER.search(bare)): text = bare # disguised marks
-    text = _ANSWER.sub(r"\1 -", (_FIELD if not roles else _FIELD_NOT_ROLE).sub(r"\1\2 -", text))
+    if not text.isascii(): # marks in disguise: show them, and only then change the text
+        bare = _INVISIBLE.sub("", unicodedata.normalize("NFKC", text))
+        if _OPTION.search(bare) or _FIELD.search(bare): text = bare
+    text = (_FIELD_NOT_ROLE if roles else _FIELD).sub(r"\1 -", text)
     return (_OPTION.sub(lambda m: f"[{m[1]}]", text) if options else text).strip()
 
 # %% ../nbs/10_constitution.ipynb #7e7e7f5f
 _INVISIBLE = re.compile("[\u00ad\u034f\u061c\u180e\u200b-\u200f\u202a-\u202e\u2060-\u206f\ufe00-\ufe0f\ufeff]")
 _OPTION = re.compile(r"\(\s*([ABab])\s*\)")
-_FIELDS = r"Critique\s*request|Critique|Revision\s*request|Revision|Think step by step"
-_FIELD = re.compile(rf"(^|[\n\r\v\f\x1c-\x1e\x85\u2028\u2029])(\s*(?:Human|Assistant|{_FIELDS}))\s*:", re.IGNORECASE)
-_FIELD_NOT_ROLE = re.compile(rf"(^|[\n\r\v\f\x1c-\x1e\x85\u2028\u2029])(\s*(?:{_FIELDS}))\s*:", re.IGNORECASE)
-_ANSWER = re.compile(r"(?<![^\W_])(Answer|step by step)\s*:", re.IGNORECASE)
+_FIELDS = r"Critique\s+request|Critique|Revision\s+request|Revision|Answer|Think step by step"
+_FIELD = re.compile(rf"({_FIELDS}|Human|Assistant)\s*:", re.IGNORECASE)
+_FIELD_NOT_ROLE = re.compile(rf"({_FIELDS})\s*:", re.IGNORECASE)
+
+# %% ../nbs/10_constitution.ipynb #14507a41
+def check_texts(name, texts):
+    "A non-empty list of texts, or a CourseError that names the first entry that is none."
+    if isinstance(texts, str): raise CourseError(f"{name} is a single text; need a list of texts. Write [{name}].")
+    texts = list(texts)
+    if not texts:
+        raise CourseError(f"{name} is empty; need at least one text. Check the file or the filter it comes from.")
+    for i, t in enumerate(texts):
+        if not isinstance(t, str):
+            raise CourseError(f"{name}[{i}] is {type(t).__name__} ({str(t)[:40]!r}); need text. Convert or drop this "
+                              f"row.")
+    return texts
+
+def few_shot_examples(examples, n, name):
+    "The first n examples, or a CourseError if there are fewer."
+    if not isinstance(n, int) or n < 0: raise CourseError(f"few_shot is {n!r}; need a whole number, 0 or more.")
+    if n > len(examples):
+        raise CourseError(f"few_shot is {n}, but constitution {name!r} has {len(examples)} examples of this kind. "
+                          "Ask for fewer, or add examples to its few_shot section.")
+    return tuple(examples[:n])

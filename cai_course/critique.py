@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = ['PAPER_RATIO', 'critique_prompt', 'revision_prompt', 'direct_revision_prompt', 'critique_and_revise', 'own_words',
-           'check_texts', 'few_shot_examples', 'sl_dataset']
+           'sl_dataset']
 
 # %% ../nbs/11_critique_revision.ipynb #b472ca81
 import re
 
 import numpy as np
 
-from .constitution import Constitution, CritiqueExample, load_constitution, quote, text_rng
+from .constitution import (Constitution, CritiqueExample, check_texts, few_shot_examples, load_constitution,
+                                     quote, text_rng)
 from .errors import CourseError
 
 # %% ../nbs/11_critique_revision.ipynb #88aff8b2
@@ -80,19 +81,21 @@ def critique_and_revise(
     direct:bool=False, # Ask for the revision at once, without a critique
     max_new_tokens:int=48, # Longest critique or revision, in tokens
     temperature:float=1.0, # Of sampling; 0: always the likeliest token
-    progress=None, # Called as `progress(done, total)` after each call of the model
+    progress=None, # Called as `progress(done, total)` after each call of the model; a bool: the model's own bars
     keep_all:bool=True, # Return every round; False: the last one only
-)->list: # (N,) lists, one per prompt, of one dict per round: `round`, `principle` (its id), `critique`, `revision`, `kept`
+)->list: # (N,) lists, one per prompt, of a dict per round: `round`, `principle` (id), `critique`, `revision`, `kept`
     """Let a model criticize and revise its own replies, with one principle drawn at random per prompt and round.
 
-    `kept` is True where the model returned no text, so that the reply before it stands. A prompt's principles depend on the seed, its
-    text, its first reply and the round, not on the batch around it. Raises `CourseError` for unusable arguments before the model is called.
+    `kept` is True where the model returned no text, so that the reply before it stands. A prompt's principles depend on
+    the seed, its text, its first reply and the round, not on the batch around it. Raises `CourseError` for unusable
+    arguments before the model is called.
     Source: Bai et al. 2022 (2212.08073), section 3.1.
     """
     constitution = load_constitution(constitution)
     prompts, current = check_texts("prompts", prompts), check_texts("responses", responses)
     if len(prompts) != len(current):
-        raise CourseError(f"there are {len(prompts)} prompts and {len(current)} responses; need one response per prompt. "
+        raise CourseError(f"there are {len(prompts)} prompts and {len(current)} responses; need one response per "
+                          f"prompt. "
                           "Generate a reply to every prompt first.")
     if not isinstance(rounds, int) or isinstance(rounds, bool) or rounds < 1:
         raise CourseError(f"rounds is {rounds!r}; need a whole number of at least 1. The paper used 4.")
@@ -103,9 +106,10 @@ def critique_and_revise(
     def ask(texts, what, step): # one batched call
         nonlocal done
         call_seed = int(text_rng(seed, what, step).integers(2**31 - 1))
-        out = policy.generate(texts, max_new_tokens=max_new_tokens, temperature=temperature, seed=call_seed)
+        bars = {} if progress is None or callable(progress) else dict(progress=bool(progress))
+        out = policy.generate(texts, max_new_tokens=max_new_tokens, temperature=temperature, seed=call_seed, **bars)
         done += 1
-        if progress: progress(done, calls)
+        if callable(progress): progress(done, calls)
         return [own_words(t) for t in out]
     records = [[] for _ in prompts]
     for step in range(1, rounds + 1):
@@ -114,8 +118,8 @@ def critique_and_revise(
             critiques = [""] * len(prompts)
             asks = [direct_revision_prompt(p, r, d.revision_request, shots) for p, r, d in zip(prompts, current, drawn)]
         else:
-            critiques = ask([critique_prompt(p, r, d.critique_request, shots) for p, r, d in zip(prompts, current, drawn)],
-                            "critique", step)
+            asks = [critique_prompt(p, r, d.critique_request, shots) for p, r, d in zip(prompts, current, drawn)]
+            critiques = ask(asks, "critique", step)
             asks = [revision_prompt(p, r, d.critique_request, c, d.revision_request, shots)
                     for p, r, c, d in zip(prompts, current, critiques, drawn)]
         revisions = ask(asks, "revision", step)
@@ -134,24 +138,6 @@ def own_words(
 # %% ../nbs/11_critique_revision.ipynb #97b587ec
 _NEXT_FIELD = re.compile(r"\n\s*(?:Human|Assistant|Critique request|Critique|Revision request|Revision)\s*:")
 
-def check_texts(name, texts):
-    "A non-empty list of texts, or a CourseError that names the first entry that is none."
-    if isinstance(texts, str): raise CourseError(f"{name} is a single text; need a list of texts. Write [{name}].")
-    texts = list(texts)
-    if not texts: raise CourseError(f"{name} is empty; need at least one text. Check the file or the filter it comes from.")
-    for i, t in enumerate(texts):
-        if not isinstance(t, str):
-            raise CourseError(f"{name}[{i}] is {type(t).__name__} ({str(t)[:40]!r}); need text. Convert or drop this row.")
-    return texts
-
-def few_shot_examples(examples, n, name):
-    "The first n examples, or a CourseError if there are fewer."
-    if not isinstance(n, int) or n < 0: raise CourseError(f"few_shot is {n!r}; need a whole number, 0 or more.")
-    if n > len(examples):
-        raise CourseError(f"few_shot is {n}, but constitution {name!r} has {len(examples)} examples of this kind. "
-                          "Ask for fewer, or add examples to its few_shot section.")
-    return tuple(examples[:n])
-
 # %% ../nbs/11_critique_revision.ipynb #faf9cf6f
 PAPER_RATIO = 182_831 / 135_296 # red-team prompts per helpful prompt, Bai et al. 2022, section 3.2: about 1.35
 
@@ -166,33 +152,40 @@ def sl_dataset(
 )->list: # Of dicts `prompt`, `response`, `source` ("revision" or "helpful"), shuffled
     """Mix revisions with helpful replies: the data of supervised constitutional learning.
 
-    The ratio counts prompts. Whichever side has too many is sampled down; a prompt whose revisions are all empty is left out.
+    The ratio counts prompts. Whichever side has too many is sampled down; prompts without a revision are left out.
     Raises `CourseError` for unusable arguments.
     Source: Bai et al. 2022 (2212.08073), section 3.2.
     """
     prompts, revisions = check_texts("prompts", prompts), list(revisions)
     helpful_prompts, helpful_responses = list(helpful_prompts), list(helpful_responses)
-    for names, x, y in (("prompts and revisions", prompts, revisions), ("helpful prompts and replies", helpful_prompts, helpful_responses)):
-        if len(x) != len(y): raise CourseError(f"found {len(x)} and {len(y)} {names}; need as many of one as of the other. Pass matching lists.")
+    for names, x, y in (("prompts and revisions", prompts, revisions),
+                        ("helpful prompts and replies", helpful_prompts, helpful_responses)):
+        if len(x) != len(y):
+            raise CourseError(f"found {len(x)} and {len(y)} {names}; need as many of one as of the other. Pass "
+                              f"matching lists.")
     if steps not in ("final", "all"): raise CourseError(f"steps is {steps!r}; need 'final' or 'all'.")
     if ratio is not None and not (isinstance(ratio, (int, float)) and 0 < ratio < float("inf")):
-        raise CourseError(f"ratio is {ratio!r}; need a positive number of red-team prompts per helpful prompt (the paper: {PAPER_RATIO:.2f}), or None to use everything.")
+        raise CourseError(f"ratio is {ratio!r}; need a positive number of red-team prompts per helpful prompt (the "
+                          f"paper: {PAPER_RATIO:.2f}), or None to use everything.")
     red = [(p, t) for p, t in ((p, _texts(r, steps)) for p, r in zip(prompts, revisions)) if t]
     good = [(p, t) for p, t in ((p, _texts(r, "all")) for p, r in zip(helpful_prompts, helpful_responses)) if t]
     rng = np.random.default_rng(seed)
-    def some(rows, n): return [rows[i] for i in sorted(rng.choice(len(rows), n, replace=False))] if n < len(rows) else rows
+    def some(rows, n): return [rows[i] for i in sorted(rng.choice(len(rows), min(n, len(rows)), replace=False))]
     if good and red and ratio is not None:
         if len(red) > ratio * len(good): red = some(red, max(1, round(ratio * len(good))))
         else: good = some(good, max(1, round(len(red) / ratio)))
-    rows = [dict(prompt=p, response=t, source=s) for s, side in (("revision", red), ("helpful", good)) for p, ts in side for t in ts]
+    rows = [dict(prompt=p, response=t, source=s)
+            for s, side in (("revision", red), ("helpful", good)) for p, ts in side for t in ts]
     return [rows[i] for i in rng.permutation(len(rows))]
 
 # %% ../nbs/11_critique_revision.ipynb #3ab8162d
 def _texts(value, steps):
     "The usable texts of one prompt: from a text, a list of texts, or a list of round records."
-    items = [value] if isinstance(value, (str, dict)) else list(value)
+    items = list(value) if isinstance(value, (list, tuple)) else [value]
     texts = [("" if v.get("kept") else v["revision"]) if isinstance(v, dict) else v for v in items]
     for t in texts:
-        if not isinstance(t, str): raise CourseError(f"found {type(t).__name__} ({str(t)[:40]!r}) where the text of a reply was expected. Convert or drop this row.")
+        if not isinstance(t, str):
+            raise CourseError(f"found {type(t).__name__} ({str(t)[:40]!r}) where the text of a reply was expected. "
+                              f"Convert or drop this row.")
     texts = [t for t in texts if t.strip()]
     return texts[-1:] if steps == "final" else texts

@@ -10,25 +10,32 @@ import inspect
 import json
 import os
 import shutil
+import socket
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import urlsplit
 
+import huggingface_hub.constants
 import numpy as np
 import torch
 import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from safetensors import safe_open
-from safetensors.torch import load_file, save
-from tqdm.auto import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
+from safetensors.torch import load_file
+from safetensors.torch import save as to_bytes
+from tqdm import tqdm
+from transformers import (AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, DynamicCache,
+                          EncoderDecoderCache)
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.models.auto.modeling_auto import (MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
                                                     MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES)
 from transformers.pytorch_utils import Conv1D
+from transformers.utils import logging
 
 from .errors import CourseError
 from .paths import model_dir, write_atomic
@@ -74,6 +81,10 @@ def _uniforms(
     return torch.from_numpy(np.stack([np.random.Generator(np.random.Philox(key=k)).random(steps) for k in keys]))
 
 
+def _scaled(logits, temperature) -> torch.Tensor: # logits of the distribution that tokens are drawn from
+    return logits.float() if temperature in (0, 1) else logits.float() / temperature
+
+
 def choose_tokens(
     logits: torch.Tensor, # Next-token logits, shape `(B, V)`
     uniforms: torch.Tensor, # One number in [0, 1) per row, shape `(B,)`, float64
@@ -83,14 +94,19 @@ def choose_tokens(
     """Draw one token per row by the inverse of the cumulative distribution.
 
     The running sum is float64, so that rounding rarely decides between neighboring tokens.
+
+    Raises `CourseError` if a row of logits holds NaN or plus infinity.
     Source: Devroye (1986), Non-Uniform Random Variate Generation, chapter III.2.
     """
     if temperature == 0:
         return logits.argmax(-1)
-    logits = logits.float() / temperature
+    logits = _scaled(logits, temperature)
     if 0 < top_k < logits.shape[-1]:
         logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -torch.inf)
     total = logits.softmax(-1).cumsum(-1, dtype=torch.float64) # (B, V)
+    if not torch.isfinite(total[:, -1]).all():
+        raise CourseError("the logits hold NaN or infinity; finite numbers are needed. Training has blown up: lower "
+                          "the learning rate and start again from an earlier save.")
     tokens = torch.searchsorted(total, uniforms[:, None] * total[:, -1:], right=True)[:, 0]
     return tokens.clamp(max=logits.shape[-1] - 1)
 
@@ -98,8 +114,9 @@ def choose_tokens(
 class _CachedSteps:
     """Next-token logits from any Hugging Face model, causal or encoder-decoder, through its own cache."""
     def __init__(self, model, ids, mask, max_steps, hidden):
-        self.model, self.mask, self.hidden, self.cache, self.ids = model, mask, hidden, None, ids
+        self.model, self.mask, self.hidden, self.ids = model, mask, hidden, ids
         self.seq2seq = model.config.is_encoder_decoder
+        self.cache = EncoderDecoderCache(DynamicCache(), DynamicCache()) if self.seq2seq else None
         if self.seq2seq:
             self.states = model.get_encoder()(input_ids=ids, attention_mask=mask).last_hidden_state
         self.start = self._run(None)
@@ -136,6 +153,10 @@ class _CachedSteps:
         return self._run(tokens)
 
 
+def _unpad(ids, mask) -> list[list[int]]: # rows without their padding
+    return [row[keep.bool()].tolist() for row, keep in zip(ids, mask)]
+
+
 def _start_token(model) -> int: # The token that an encoder-decoder's reply starts from
     start = model.config.decoder_start_token_id
     return model.config.pad_token_id if start is None else start
@@ -151,10 +172,14 @@ def _causal_extras(model, mask, width, keep) -> dict: # Arguments that not every
 
 # %% ../nbs/tools/models.ipynb #e3e7591f
 class _T5Steps:
-    """The same interface as `_CachedSteps` for T5, computed from the weights. Source: Raffel et al. (2020), section 2.1; Shazeer (2020) for the gate."""
+    """The same interface as `_CachedSteps` for T5, computed from the weights.
+
+    Source: Raffel et al. (2020), section 2.1; Shazeer (2020) for the gate.
+    """
     def __init__(self, model, ids, mask, max_steps, hidden):
         self.model, self.t = model, 0
         decoder, self.heads = model.decoder, model.config.num_heads
+        self.gelu = model.config.dense_act_fn == "gelu_new" # torch has it as one operation
         states = model.encoder(input_ids=ids, attention_mask=mask).last_hidden_state # (b, S, d)
         self.bias = decoder.block[0].layer[0].SelfAttention.compute_bias(max_steps, max_steps)[0] # (h, T, T)
         self.hide = (1 - mask)[:, None, None].to(states.dtype) * torch.finfo(states.dtype).min # (b, 1, 1, S)
@@ -162,14 +187,16 @@ class _T5Steps:
         for block in decoder.block:
             own, cross, ff = block.layer[0].SelfAttention, block.layer[1].EncDecAttention, block.layer[2].DenseReluDense
             names = ["wi_0", "wi_1"] if model.config.is_gated_act else ["wi"]
-            self.blocks.append((block, torch.cat([_weight(own.q), _weight(own.k), _weight(own.v)]), _weight(own.o),
-                                _weight(cross.q), _weight(cross.o), torch.cat([_weight(getattr(ff, n)) for n in names]), ff))
+            wide = torch.cat([_weight(getattr(ff, name)) for name in names])
+            qkv = torch.cat([_weight(own.q), _weight(own.k), _weight(own.v)])
+            self.blocks.append((block, qkv, _weight(own.o), _weight(cross.q), _weight(cross.o), wide, ff))
             self.cross.append([self._split(F.linear(states, _weight(w))) for w in (cross.k, cross.v)]) # (b, h, S, k)
             shape = (len(ids), self.heads, max_steps, model.config.d_kv)
             self.own.append([states.new_empty(shape), states.new_empty(shape)])
 
     def _split(self, x): # (b, s, h k) -> (b, h, s, k)
-        return x.view(*x.shape[:2], self.heads, -1).transpose(1, 2)
+        # read at every step, so laid out for it
+        return x.view(*x.shape[:2], self.heads, -1).transpose(1, 2).contiguous()
 
     def select(self, rows):
         self.hide = self.hide[rows]
@@ -188,17 +215,16 @@ class _T5Steps:
             tokens = torch.full((len(self.hide),), _start_token(model), device=self.hide.device)
         x = model.decoder.embed_tokens(tokens) # (b, d)
         for (block, qkv, own_out, cross_q, cross_out, wide, ff), own, cross in zip(self.blocks, self.own, self.cross):
-            query, key, value = F.linear(_norm(block.layer[0], x), qkv).view(len(x), 3, self.heads, -1).unbind(1) # (b, h, k)
+            query, key, value = F.linear(_norm(block.layer[0], x), qkv).view(len(x), 3, self.heads, -1).unbind(1) # (b,h,k)
             own[0][:, :, t], own[1][:, :, t] = key, value
-            x = x + F.linear(_attend(query, own[0][:, :, :t + 1], own[1][:, :, :t + 1], self.bias[:, t:t + 1, :t + 1]), own_out)
+            keys, values = own[0][:, :, :t + 1], own[1][:, :, :t + 1]
+            x = x + F.linear(_attend(query, keys, values, self.bias[:, t:t + 1, :t + 1]), own_out)
             query = F.linear(_norm(block.layer[1], x), cross_q).view(len(x), self.heads, -1)
             x = x + F.linear(_attend(query, *cross, self.hide), cross_out)
             inner = F.linear(_norm(block.layer[2], x), wide)
-            if model.config.is_gated_act:
-                gate, inner = inner.chunk(2, -1)
-                inner = ff.act(gate) * inner
-            else:
-                inner = ff.act(inner)
+            gate = inner[:, :ff.wo.weight.shape[1]] # all of it without a gate
+            active = F.gelu(gate, approximate="tanh") if self.gelu else ff.act(gate)
+            inner = active * inner[:, gate.shape[1]:] if model.config.is_gated_act else active
             x = x + F.linear(inner.to(ff.wo.weight.dtype), ff.wo.weight)
         x = _norm(model.decoder, x, "final_layer_norm")
         scale = model.model_dim ** -0.5 if model.config.scale_decoder_outputs else 1 # the tied head of T5 1.0
@@ -233,7 +259,8 @@ def _find_model(
     folder = Path(name).expanduser()
     if not folder.is_dir():
         if folder.exists():
-            raise CourseError(f"{name} is a file; a model is a folder with config.json and model.safetensors. Give the folder.")
+            raise CourseError(f"{name} is a file; a model is a folder with config.json and model.safetensors. Give "
+                              "the folder.")
         if name.startswith("pocket-"):
             raise CourseError(f"the model {name!r} is not in data/models; `cai-course pretrain` makes it. "
                               "Or give another model: a folder, or a hub id such as google/flan-t5-small.")
@@ -242,14 +269,14 @@ def _find_model(
                               "or pocket-t5. Check the spelling and the current directory.")
         return name
     if not (folder / "config.json").is_file():
-        raise CourseError(f"the folder {name} has no config.json; a model folder needs config.json, model.safetensors and "
-                          "the tokenizer's files. Give the folder that save_pretrained wrote.")
+        raise CourseError(f"the folder {name} has no config.json; a model folder needs config.json, "
+                          "model.safetensors and the tokenizer's files. Give the folder that save_pretrained wrote.")
     weights = sorted(folder.glob("*.safetensors"))
     if not weights:
         pickled = sorted(p.name for p in folder.glob("*.bin"))
-        raise CourseError(f"the folder {name} has no *.safetensors file" + (f", only {pickled[0]}, a pickle that can run code "
-                          "when opened" if pickled else "") + "; the course loads safetensors only. Save the model again with "
-                          "a current transformers, which writes model.safetensors.")
+        found = f", only {pickled[0]}, a pickle that can run code when opened" if pickled else ""
+        raise CourseError(f"the folder {name} has no *.safetensors file{found}; the course loads safetensors only. "
+                          "Save the model again with a current transformers, which writes model.safetensors.")
     for file in weights:
         try:
             with safe_open(file, "pt") as content:
@@ -265,30 +292,58 @@ def _load_model(
     dtype: torch.dtype | None, # None keeps the dtype of the file
 ): # (model in evaluation mode and frozen, tokenizer)
     source = _find_model(name)
-    safe = dict(trust_remote_code=False)
+    safe = dict(trust_remote_code=False, local_files_only=not Path(source).is_dir() and not _hub_answers())
     try:
-        config = AutoConfig.from_pretrained(source, **safe)
-        kind = _model_class(name, config)
-        model, report = kind.from_pretrained(source, dtype=dtype or "auto", use_safetensors=True, output_loading_info=True, **safe)
-        tokenizer = AutoTokenizer.from_pretrained(source, **safe)
+        with _quiet():
+            config = AutoConfig.from_pretrained(source, **safe)
+            kind = _model_class(name, config)
+            model, report = kind.from_pretrained(source, dtype=dtype or "auto", use_safetensors=True,
+                                                 output_loading_info=True, **safe)
+            tokenizer = AutoTokenizer.from_pretrained(source, **safe)
     except CourseError:
         raise
     except Exception as error: # transformers raises many kinds here
         reason = " ".join(str(error).split())[:300]
         if source == name and not Path(source).is_dir():
             raise CourseError(f"{name!r} is no folder here and could not be had from the Hugging Face hub ({reason}); "
-                              "an existing folder, a reachable hub id or pocket-t5 is needed. Offline, use pocket-t5.") from None
-        raise CourseError(f"the model in {name} could not be read ({type(error).__name__}: {reason}); config, weights and tokenizer "
+                              "an existing folder, a reachable hub id or pocket-t5 is needed. "
+                              "Offline, use pocket-t5.") from None
+        raise CourseError(f"the model in {name} could not be read ({type(error).__name__}: {reason}); config, "
+                          "weights and tokenizer "
                           "must be complete and belong together. Save or copy the folder again.") from None
     missing = sorted(report["missing_keys"]) + sorted(str(key) for key in report["mismatched_keys"])
     if missing:
-        raise CourseError(f"the weights of {name} lack {len(missing)} tensors that its config asks for, such as {missing[0]}; "
-                          "all are needed. Check that config.json belongs to this model.safetensors.")
+        raise CourseError(f"the weights of {name} lack {len(missing)} tensors that its config asks for, such as "
+                          f"{missing[0]}; all are needed. Check that config.json belongs to this model.safetensors.")
     for key, weight in model.named_parameters():
         if not torch.isfinite(weight).all():
             raise CourseError(f"the weight {key} of {name} holds NaN or infinity; finite numbers are needed. "
                               "Load an earlier copy of the model.")
     return model.eval().requires_grad_(False), tokenizer
+
+
+def _hub_answers() -> bool: # without this, every file is tried six times for half a minute when there is no network
+    if any(os.environ.get(name) for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")):
+        return True # ask through the proxy
+    hub = urlsplit(huggingface_hub.constants.ENDPOINT)
+    try:
+        socket.create_connection((hub.hostname, hub.port or (80 if hub.scheme == "http" else 443)), timeout=3).close()
+        return True
+    except OSError:
+        return False
+
+
+@contextmanager
+def _quiet(): # no progress bars and no warnings from transformers: what matters is checked and raised here
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
 
 
 def _model_class(name, config): # AutoModelForSeq2SeqLM or AutoModelForCausalLM
@@ -298,8 +353,8 @@ def _model_class(name, config): # AutoModelForSeq2SeqLM or AutoModelForCausalLM
     if (not config.is_encoder_decoder and config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
             and (not named or "CausalLM" in named or "LMHead" in named)):
         return AutoModelForCausalLM
-    raise CourseError(f"{name} is a {named or config.model_type}; a policy must write text, so an encoder-decoder or a causal "
-                      "language model is needed. For a reward model use cai_course.reward.")
+    raise CourseError(f"{name} is a {named or config.model_type}; a policy must write text, so an encoder-decoder "
+                      "or a causal language model is needed. For a reward model use cai_course.reward.")
 
 # %% ../nbs/tools/models.ipynb #096c556f
 @dataclass
@@ -312,7 +367,7 @@ class Samples:
     response_ids: torch.Tensor   # (B, T) tokens, end-of-sequence included, padded right
     mask: torch.Tensor           # (B, T) float, 1 for real tokens
     logprobs: torch.Tensor       # (B, T) log-probability of each token when it was drawn, 0 where masked
-    values: torch.Tensor | None  # (B, T) value of the state before each token, 0 where masked; None without a value head
+    values: torch.Tensor | None  # (B, T) value of the state before each token; None without a value head
     ended: torch.Tensor          # (B,) bool, True if the reply closed with its end-of-sequence token
     temperature: float           # That the tokens were drawn with; log-probabilities are of this distribution
 
@@ -375,8 +430,8 @@ class Policy:
 
         Raises `CourseError` if `prompts` is not a list of strings.
         """
-        _check_texts(prompts, "prompts")
-        rows = self.tokenizer(list(prompts)).input_ids if len(prompts) else []
+        prompts = _texts(prompts, "prompts")
+        rows = self.tokenizer(prompts).input_ids if prompts else []
         if self.kind == "seq2seq":
             return [row if row[-1:] == [self.eos] else row + [self.eos] for row in rows]
         start = self.tokenizer.bos_token_id
@@ -391,10 +446,10 @@ class Policy:
 
         Raises `CourseError` if the lists differ in length or hold anything but strings.
         """
-        _check_texts(responses, "responses")
+        prompts, responses = _texts(prompts, "prompts"), _texts(responses, "responses")
         if len(prompts) != len(responses):
-            raise CourseError(f"got {len(prompts)} prompts and {len(responses)} responses; each prompt needs exactly one. "
-                              "Pair them up first.")
+            raise CourseError(f"got {len(prompts)} prompts and {len(responses)} responses; each prompt needs "
+                              "exactly one. Pair them up first.")
         if self.kind == "causal":
             responses = [self._joint(p) + r for p, r in zip(prompts, responses)]
         return [row + [self.eos] for row in self._tokens(responses)]
@@ -404,11 +459,13 @@ class Policy:
         rows: Sequence[Sequence[int]], # B lists of tokens
     ) -> list[str]: # B texts without special tokens and without white space at either end
         """Texts of token lists."""
+        if not len(rows):
+            return []
         texts = self.tokenizer.batch_decode(rows, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         return [text.strip() for text in texts]
 
     def _tokens(self, texts): # tokens as they are, nothing added
-        return self.tokenizer(list(texts), add_special_tokens=False).input_ids if len(texts) else []
+        return self.tokenizer(texts, add_special_tokens=False).input_ids if texts else []
 
     def _joint(self, text): # what stands between a text and its continuation
         return "" if not text or text[-1].isspace() else " "
@@ -438,8 +495,10 @@ class Policy:
     ) -> list: # B replies; B lists of n replies if n > 1
         """Write replies.
 
-        Row i, sample j draws its tokens from numbers made of (seed, i, j) alone. Its reply is therefore the same in any batch, except
-        that rounding (about 1e-6 in a probability) may tip a draw that falls that close to a boundary.
+        Row i, sample j draws its tokens from numbers made of (seed, i, j) alone, so its reply does not depend on its
+        neighbors. One limit: matrix products of other shapes round differently, and a draw within that rounding of a
+        boundary between two tokens may tip. A trained model's distribution has few boundaries; in a flat one over
+        thousands of tokens it happens now and then. The same call twice is exact.
 
         Raises `CourseError` for prompts that are not strings, a negative temperature, `max_new_tokens` or `n` below 1.
         """
@@ -464,35 +523,43 @@ class Policy:
 
         Raises `CourseError` as `generate` does, and for an empty list or a temperature of 0.
         """
+        prompts = _texts(prompts, "prompts")
         ids = self.encode(prompts)
         if not ids:
             raise CourseError("prompts is empty; a rollout needs at least one prompt. Pass a list of strings.")
         if temperature == 0:
-            raise CourseError("temperature is 0; PPO needs replies that were drawn, so it must be above 0. Use temperature=1.0.")
+            raise CourseError("temperature is 0; PPO needs replies that were drawn, so it must be above 0. Use "
+                              "temperature=1.0.")
         rows, logprobs, values = self._write(ids, 1, max_new_tokens, temperature, seed, 0, True, None)
         response_ids, mask = _pad(rows, value=self.pad)
         prompt_ids, prompt_mask = self._pad_prompts(ids)
         place = dict(device=self.device)
         ended = torch.isin(torch.tensor([row[-1] for row in rows], **place), self._ends)
-        return Samples(list(prompts), self.decode(rows), prompt_ids, prompt_mask, response_ids.to(**place), mask.float().to(**place),
-                       _pad(logprobs, dtype=torch.float)[0].to(**place),
-                       None if self.value_head is None else _pad(values, dtype=torch.float)[0].to(**place), ended, temperature)
+        values = None if self.value_head is None else _pad(values, dtype=torch.float)[0].to(**place)
+        return Samples(prompts, self.decode(rows), prompt_ids, prompt_mask, response_ids.to(**place),
+                       mask.float().to(**place), _pad(logprobs, dtype=torch.float)[0].to(**place), values, ended,
+                       temperature)
 
     @torch.no_grad()
     def _write(self, prompts, n, max_new_tokens, temperature, seed, top_k, record, progress):
         """Token lists of len(prompts) * n replies, with log-probabilities and values if `record`."""
         if not max_new_tokens >= 1:
-            raise CourseError(f"max_new_tokens is {max_new_tokens}; a reply needs room for at least 1 token. Use for example 48.")
+            raise CourseError(f"max_new_tokens is {max_new_tokens}; a reply needs room for at least 1 token. Use "
+                              "for example 48.")
         if not 0 <= temperature < float("inf"):
-            raise CourseError(f"temperature is {temperature}; it must be a number from 0 (greedy) up. Use for example 1.0.")
+            raise CourseError(f"temperature is {temperature}; it must be a number from 0 (greedy) up. Use for "
+                              "example 1.0.")
         self._check_length(prompts, max_new_tokens)
-        own = self.kind == "seq2seq" and self.model.config.model_type in ("t5", "mt5")
+        self.model.eval()
+        own = self.kind == "seq2seq" and self.model.config.model_type == "t5"
         results = [None] * (len(prompts) * n), [None] * (len(prompts) * n), [None] * (len(prompts) * n)
-        bar = tqdm(total=len(prompts) * n, desc="replies", leave=False, disable=None if progress is None else not progress)
+        bar = tqdm(total=len(prompts) * n, desc="replies", leave=False,
+                   disable=None if progress is None else not progress)
         with _merged(self.model), bar:
             for batch in _batches([len(p) for p in prompts], max(1, self.max_rows // n), max(1, self.max_tokens // n)):
                 ids, mask = self._pad_prompts([prompts[i] for i in batch])
-                steps = (_T5Steps if own else _CachedSteps)(self.model, ids, mask, max_new_tokens, record and self.value_head is not None)
+                steps = (_T5Steps if own else _CachedSteps)(self.model, ids, mask, max_new_tokens,
+                                                            record and self.value_head is not None)
                 if n > 1:
                     steps.select(torch.arange(len(batch), device=self.device).repeat_interleave(n))
                 rows = [(i, j) for i in batch for j in range(n)]
@@ -543,9 +610,8 @@ class Policy:
         Raises `CourseError` if the lists differ in length or hold anything but strings.
         """
         prompt_rows, response_rows, temperature = self._rows(prompts, responses, temperature)
-        scores = self._score(prompt_rows, response_rows, lambda logits, ids: _pick(logits, ids, temperature))
-        scores, mask = _pad(scores, dtype=torch.float) if scores else (torch.zeros(0, 0), torch.zeros(0, 0))
-        return scores.to(self.device), mask.float().to(self.device)
+        scores = self._score(prompt_rows, response_rows, lambda logits, ids, _: _pick(logits, ids, temperature))
+        return self._join(scores, response_rows)
 
     def sequence_logprobs(
         self,
@@ -568,8 +634,7 @@ class Policy:
             with self.reference():
                 q = _scaled(self._forward(*batch)[0], temperature).log_softmax(-1)
             return (p.exp() * (p - q)).sum(-1)
-        rows = self._score(prompt_rows, response_rows, both, forward=False)
-        return (_pad(rows, dtype=torch.float)[0] if rows else torch.zeros(0, 0)).to(self.device)
+        return self._join(self._score(prompt_rows, response_rows, both, forward=False), response_rows)[0]
 
     def score_options(
         self,
@@ -579,53 +644,61 @@ class Policy:
     ) -> torch.Tensor: # log-probabilities in nats, `(B, K)`
         """Log-probability of each option as the next thing written.
 
-        Scored is the first token at which the options differ, after what they share: some tokenizers begin both "(A)" and "(B)" with
-        the same token "(". Options that are single tokens are scored by that token.
+        Scored is the first token at which the options differ, after what they share: some tokenizers begin both
+        "(A)" and "(B)" with the same token "(". Options that are single tokens are scored by that token.
 
         Raises `CourseError` if there are fewer than two options or two of them are the same.
         """
-        _check_texts(options, "options")
+        options, prompts = _texts(options, "options"), _texts(prompts, "prompts")
         if len(options) < 2 or len(set(options)) < len(options):
-            raise CourseError(f"options is {list(options)}; two or more different continuations are needed. "
+            raise CourseError(f"options is {options}; two or more different continuations are needed. "
                               'Give for example ["(A)", "(B)"].')
         prompt_rows = self.encode(prompts)
-        starts = [""] * len(prompts) if prefixes is None else prefixes
-        _check_texts(starts, "prefixes")
+        starts = [""] * len(prompts) if prefixes is None else _texts(prefixes, "prefixes")
         if len(starts) != len(prompts):
             raise CourseError(f"got {len(prompts)} prompts and {len(starts)} prefixes; each prompt needs exactly one. "
                               "Use an empty string where nothing is written yet.")
         if self.kind == "causal":
             starts = [p + (self._joint(p) + s if s else "") for p, s in zip(prompts, starts)]
-        encoded = self._tokens([s + self._joint(s) + o for s in starts for o in options])
+        texts = [s + self._joint(s) + o for s in starts for o in options]
+        encoded = self.encode(texts) if self.kind == "causal" else self._tokens(texts)
         rows, choices = [], []
         for i in range(len(prompts)):
-            texts = [row + [self.eos] for row in encoded[i * len(options):(i + 1) * len(options)]]
-            shared = next(k for k, tokens in enumerate(zip(*texts)) if len(set(tokens)) > 1)
-            rows.append(texts[0][:shared])
-            choices.append([text[shared] for text in texts])
+            full = [row + [self.eos] for row in encoded[i * len(options):(i + 1) * len(options)]]
+            shared = next(k for k, tokens in enumerate(zip(*full)) if len(set(tokens)) > 1)
+            rows.append(full[0][:shared])
+            choices.append([row[shared] for row in full])
             if len(set(choices[-1])) < len(options):
-                raise CourseError(f"options {list(options)} do not all differ at the same token; one token must tell them apart. "
-                                  "Use shorter labels, such as (A), (B), (C).")
-        if self.kind == "causal": # the shared text belongs to the prompt; the token after it is scored
-            prompt_rows, rows = [r[:-1] if len(r) > 1 else p for p, r in zip(prompt_rows, rows)], [r[-1:] if len(r) > 1 else [] for r in rows]
-        # score a stand-in token after the shared ones, and read all options there
-        scores = self._score(prompt_rows, [row + [self.eos] for row in rows], lambda logits, ids: logits.float().log_softmax(-1),
-                             last=True)
-        table = torch.stack(scores) if scores else torch.zeros(0, 1) # (B, V)
-        return table.gather(1, torch.tensor(choices)).to(self.device) if scores else torch.zeros(0, len(options))
+                raise CourseError(f"options {options} do not all differ at the same token; one token must tell them "
+                                  "apart. Use shorter labels, such as (A), (B), (C).")
+        if self.kind == "causal": # what is written already belongs to the prompt
+            prompt_rows, rows = [row or p for p, row in zip(prompt_rows, rows)], [[]] * len(rows)
+        def read(logits, ids, batch): # at the stand-in token that `_score` is given after the shared ones
+            here = logits[torch.arange(len(batch)), torch.tensor([len(rows[i]) for i in batch])] # (b, V)
+            wanted = torch.tensor([choices[i] for i in batch], device=self.device) # (b, K)
+            return here.float().log_softmax(-1).gather(1, wanted)
+        scores = self._score(prompt_rows, [row + [self.eos] for row in rows], read)
+        return torch.stack(scores).to(self.device) if scores else torch.zeros(0, len(options))
 
     def _rows(self, prompts, responses, temperature): # token lists of both sides
         if isinstance(prompts, Samples):
-            s = prompts
-            unpad = lambda ids, mask: [row[keep.bool()].tolist() for row, keep in zip(ids, mask)]
-            return unpad(s.prompt_ids, s.prompt_mask), unpad(s.response_ids, s.mask), s.temperature if temperature is None else temperature
+            temperature = prompts.temperature if temperature is None else temperature
+            return (_unpad(prompts.prompt_ids, prompts.prompt_mask), _unpad(prompts.response_ids, prompts.mask),
+                    temperature)
         if responses is None:
             raise CourseError("responses is missing; pass prompts and responses, or the Samples of a rollout.")
-        return self.encode(prompts), self.encode_responses(prompts, responses), 1.0 if temperature is None else temperature
+        prompts, temperature = _texts(prompts, "prompts"), 1.0 if temperature is None else temperature
+        return self.encode(prompts), self.encode_responses(prompts, responses), temperature
+
+    def _join(self, scores, responses): # one tensor per row, padding at its end -> (B, T) and mask (B, T)
+        if not scores:
+            return torch.zeros(0, 0), torch.zeros(0, 0)
+        scores, mask = _pad([row[:len(r)] for row, r in zip(scores, responses)], dtype=torch.float)
+        return scores.to(self.device), mask.float().to(self.device)
 
     @torch.no_grad()
-    def _score(self, prompts, responses, read, forward=True, last=False):
-        """Apply `read(logits, ids)` batch by batch; one tensor per row, on the CPU, in the order given."""
+    def _score(self, prompts, responses, read, forward=True):
+        """Apply `read(logits, ids, rows)` batch by batch; one tensor per row, on the CPU, in the order given."""
         results = [None] * len(prompts)
         self._check_length(prompts, max(map(len, responses), default=0))
         lengths = [len(p) + len(r) for p, r in zip(prompts, responses)]
@@ -639,18 +712,22 @@ class Policy:
                 index = torch.tensor([number[tuple(prompts[i])] for i in batch], device=self.device)
                 written, written_mask = (x.to(self.device) for x in _pad([responses[i] for i in batch], value=self.pad))
                 inputs = ids, mask, written, written_mask, index
-                scores = read(self._forward(*inputs)[0], written) if forward else read(*inputs)
+                scores = read(self._forward(*inputs)[0], written, batch) if forward else read(*inputs)
                 for i, row in zip(batch, scores.cpu()):
-                    results[i] = row[len(responses[i]) - 1] if last else row[:len(responses[i])]
+                    results[i] = row
         return results
 
     def _forward(self, ids, mask, written, written_mask, index=None, hidden=False):
-        """Logits (b, T, V) of every response token, and the states (b, T, d) before them. `index` (b,): the prompt of each row."""
+        """Logits (b, T, V) of every response token, and the states (b, T, d) before them.
+
+        `index` (b,) is the prompt of each row; without it row i answers prompt i."""
+        self.model.eval() # whatever a caller did to policy.model
         index = torch.arange(len(written), device=self.device) if index is None else index
         if self.kind == "seq2seq":
             states = self.model.get_encoder()(input_ids=ids, attention_mask=mask).last_hidden_state[index]
             before = torch.cat([torch.full_like(written[:, :1], _start_token(self.model)), written[:, :-1]], 1)
-            out = self.model(encoder_outputs=BaseModelOutput(states), attention_mask=mask[index], decoder_input_ids=before,
+            out = self.model(encoder_outputs=BaseModelOutput(states), attention_mask=mask[index],
+                             decoder_input_ids=before,
                              output_hidden_states=hidden, use_cache=False)
             return out.logits, out.decoder_hidden_states[-1] if hidden else None
         together, seen = torch.cat([ids[index], written], 1), torch.cat([mask[index], written_mask.long()], 1)
@@ -664,11 +741,15 @@ class Policy:
         self,
         samples: Samples, # A rollout of this policy
         indices: Sequence[int] | torch.Tensor, # b row numbers
-    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]: # log-probabilities, values (None without a head), entropy: `(b, T)`, 0 where masked
-        """What `ppo_update` asks for: the rollout's tokens under the policy of this moment, with gradients."""
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]: # log-probabilities, values, entropy, `(b, T)`; see below
+        """What `ppo_update` asks for: the rollout's tokens under the policy of this moment, with gradients.
+
+        All three are 0 where masked; values are None without a value head.
+        """
         rows = torch.as_tensor(indices, device=self.device)
         prompt_mask, mask = samples.prompt_mask[rows], samples.mask[rows]
-        width, steps = int(prompt_mask.sum(1).max()), int(mask.sum(1).max()) # this minibatch may be narrower than the rollout
+        # this minibatch may be narrower than the rollout
+        width, steps = int(prompt_mask.sum(1).max()), int(mask.sum(1).max())
         side = slice(-width, None) if self.kind == "causal" else slice(0, width)
         written, real = samples.response_ids[rows, :steps], mask[:, :steps]
         logits, hidden = self._forward(samples.prompt_ids[rows][:, side], prompt_mask[:, side], written, real,
@@ -696,26 +777,34 @@ class Policy:
             raise CourseError(f"r is {r}; the rank of an adapter is at least 1. Use for example 16.")
         if self._peft is not None:
             if freeze_current:
-                self._frozen.append(self._adapter_files())
-                self.model = self._peft.merge_and_unload()
+                self._fold()
             else:
-                self.model = self._peft.unload()
-            self._peft = None
-        config = LoraConfig(r=r, lora_alpha=alpha, lora_dropout=0.0, target_modules=None if targets is None else sorted(targets),
-                            fan_in_fan_out=any(isinstance(m, Conv1D) for m in self.model.modules()),
-                            base_model_name_or_path=self.name)
+                self.model, self._peft = self._peft.unload(), None
+        config = LoraConfig(r=r, lora_alpha=alpha, lora_dropout=0.0,
+                            target_modules=None if targets is None else sorted(targets),
+                            fan_in_fan_out=any(isinstance(m, Conv1D) for m in self.model.modules()))
         self._attach(config, seed)
         return self
 
+    def _fold(self): # the adapter into the weights, for good
+        self._frozen.append(self._adapter_files())
+        with warnings.catch_warnings():
+            # of untied T5s: they never were tied
+            warnings.filterwarnings("ignore", message="Input and output embeddings")
+            self.model, self._peft = self._peft.merge_and_unload(), None
+
     def _attach(self, config, seed=0):
-        with torch.random.fork_rng():
+        config.base_model_name_or_path = self.model.name_or_path
+        with torch.random.fork_rng(), warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning) # peft's own use of an older name in transformers
             torch.manual_seed(seed)
             try:
                 self._peft = get_peft_model(self.model, config)
             except ValueError as error:
-                raise CourseError(f"no adapter fits {self.name} ({' '.join(str(error).split())[:200]}); the names of existing linear "
+                raise CourseError(f"no adapter fits {self.name} ({' '.join(str(error).split())[:200]}); the names "
+                                  "of existing linear "
                                   'layers are needed. Pass them, for example targets=["q_proj", "v_proj"].') from None
-        config.base_model_name_or_path = self.name # peft puts the path of the folder here
+        config.base_model_name_or_path = self.name # rather than a path of this machine
         self._peft.eval()
 
     def add_value_head(self) -> "Policy": # The same policy
@@ -759,7 +848,8 @@ class Policy:
         got = {k: tuple(v.shape) for k, v in state.items()}
         if have != got:
             wrong = sorted(set(have.items()) ^ set(got.items()))[0]
-            raise CourseError(f"the adapter does not fit {self.name}: {wrong[0]} with shape {wrong[1]} is on one side only; an adapter "
+            raise CourseError(f"the adapter does not fit {self.name}: {wrong[0]} with shape {wrong[1]} is on one "
+                              "side only; an adapter "
                               "goes with the model and the rank it was trained with. Load the model it was made for.")
         if not all(torch.isfinite(v).all() for v in state.values()):
             raise CourseError("the adapter holds NaN or infinity; finite numbers are needed. Load an earlier save.")
@@ -769,29 +859,32 @@ class Policy:
             self.value_head.load_state_dict({k[11:]: v for k, v in state.items() if k.startswith("value_head.")})
 
     def _adapter_files(self) -> dict[str, bytes]: # the two files of an ordinary peft folder
-        config = {k: sorted(v) if isinstance(v, set) else v for k, v in self._peft.peft_config["default"].to_dict().items()}
+        config = self._peft.peft_config["default"].to_dict()
+        config = {k: sorted(v) if isinstance(v, set) else v for k, v in config.items()} # a set has no fixed order
         config["inference_mode"] = True
         weights = {k: v for k, v in self.adapter_state().items() if not k.startswith("value_head.")}
         return {"adapter_config.json": (json.dumps(config, indent=2, sort_keys=True, default=str) + "\n").encode(),
-                "adapter_model.safetensors": save(weights, metadata={"format": "pt"})}
+                "adapter_model.safetensors": to_bytes(weights, metadata={"format": "pt"})}
 
     def save(
         self,
         path: str | Path, # Folder to write; an older one of this name is replaced
     ) -> Path: # The folder
-        """Write the adapter, the frozen ones below it and the value head as safetensors; the same policy gives the same bytes.
+        """Write the adapter, the frozen ones below it and the value head; the same policy gives the same bytes.
 
-        A single adapter is an ordinary peft folder. Frozen ones go to `frozen/0`, `frozen/1`, ...: peft folders too, to be
-        merged into the base model in this order before the adapter at the top is used.
+        A single adapter is an ordinary peft folder. Frozen ones go to `frozen/0`, `frozen/1`, ...: peft folders too, to
+        be merged into the base model in this order before the adapter at the top is used.
 
         Raises `CourseError` if there is no adapter.
         """
         if self._peft is None:
-            raise CourseError("this policy has no adapter, so there is nothing to save. Call policy.start_adapter() and train it first.")
+            raise CourseError("this policy has no adapter, so there is nothing to save. Call policy.start_adapter() "
+                              "and train it first.")
         path = Path(path)
         files = {"": self._adapter_files(), **{f"frozen/{i}": f for i, f in enumerate(self._frozen)}}
         if self.value_head is not None:
-            files[""]["value_head.safetensors"] = save({k: v.detach().cpu().clone() for k, v in self.value_head.state_dict().items()})
+            head = {k: v.detach().cpu().clone() for k, v in self.value_head.state_dict().items()}
+            files[""]["value_head.safetensors"] = to_bytes(head)
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
         try:
@@ -810,44 +903,47 @@ class Policy:
         folders = [*sorted((path / "frozen").glob("*"), key=lambda p: int(p.name)), path]
         for folder in folders:
             if not (folder / "adapter_config.json").is_file() or not (folder / "adapter_model.safetensors").is_file():
-                raise CourseError(f"{folder} is not an adapter folder; it needs adapter_config.json and adapter_model.safetensors. "
-                                  "Give the folder that policy.save(path) wrote.")
+                raise CourseError(f"{folder} is not an adapter folder; it needs adapter_config.json and "
+                                  "adapter_model.safetensors. Give the folder that policy.save(path) wrote.")
         for i, folder in enumerate(folders):
             try:
                 config = LoraConfig.from_pretrained(str(folder))
                 state = load_file(folder / "adapter_model.safetensors", device="cpu")
             except Exception as error:
-                raise CourseError(f"the adapter in {folder} is damaged ({' '.join(str(error).split())[:200]}); complete files are needed. "
-                                  "Save or copy it again.") from None
+                raise CourseError(f"the adapter in {folder} is damaged ({' '.join(str(error).split())[:200]}); "
+                                  "complete files are needed. Save or copy it again.") from None
             config.inference_mode = False
             if self._peft is not None:
-                self._frozen.append(self._adapter_files())
-                self.model = self._peft.merge_and_unload()
+                self._fold()
             self._attach(config)
             head, self.value_head = self.value_head, None
             self.load_adapter_state(state)
             self.value_head = head
         if self.value_head is not None and (path / "value_head.safetensors").is_file():
-            self.load_adapter_state({**state, **{f"value_head.{k}": v for k, v in load_file(path / "value_head.safetensors").items()}})
+            head = load_file(path / "value_head.safetensors")
+            self.load_adapter_state({**state, **{f"value_head.{k}": v for k, v in head.items()}})
 
     def __repr__(self) -> str:
         size = sum(p.numel() for p in self.model.parameters()) / 1e6
-        return f"Policy({self.name}, {self.kind}, {size:.2f} M parameters, {sum(p.numel() for p in self.trainable_parameters())} trainable)"
+        free = sum(p.numel() for p in self.trainable_parameters())
+        return f"Policy({self.name}, {self.kind}, {size:.2f} M parameters, {free} trainable)"
 
 
-def _check_texts(texts, name) -> None:
-    if isinstance(texts, str) or not all(isinstance(t, str) for t in texts):
-        found = repr(texts) if isinstance(texts, str) else repr(next(t for t in texts if not isinstance(t, str)))
-        raise CourseError(f"{name} holds {found[:80]}; a list of strings is needed. Wrap a single text in a list: [text].")
-
-
-def _scaled(logits, temperature) -> torch.Tensor: # logits of the distribution that tokens are drawn from
-    return logits.float() / (temperature or 1.0)
+def _texts(texts, name) -> list[str]: # as a list, checked
+    if isinstance(texts, str) or not isinstance(texts, Iterable):
+        raise CourseError(f"{name} is {str(texts)[:80]!r}; a list of strings is needed. Wrap a single text in a "
+                          "list: [text].")
+    texts = list(texts)
+    for i, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise CourseError(f"{name}[{i}] is {str(text)[:80]} ({type(text).__name__}); a list of strings is needed. "
+                              "Look for missing values in the data.")
+    return texts
 
 
 def _pick(logits, tokens, temperature) -> torch.Tensor: # (..., V), (...) -> log-probability of each token (...)
     logits = _scaled(logits, temperature)
-    return logits.gather(-1, tokens[..., None])[..., 0] - logits.logsumexp(-1)
+    return -F.cross_entropy(logits.flatten(0, -2), tokens.flatten(), reduction="none").view(tokens.shape)
 
 # %% ../nbs/tools/models.ipynb #0620ec3f
 def load_policy(
@@ -859,8 +955,9 @@ def load_policy(
 ) -> Policy: # In evaluation mode; only adapter and value head can learn
     """Load a language model as a policy.
 
-    Raises `CourseError` for a name that is neither shipped, nor a model folder, nor to be had from the hub; for damaged, pickled,
-    incomplete or non-finite weights; for a model that does not write text; for an adapter that does not fit.
+    Raises `CourseError` for a name that is neither shipped, nor a model folder, nor to be had from the hub; for
+    damaged, pickled, incomplete or non-finite weights; for a model that does not write text; for an adapter that does
+    not fit.
     """
     if not isinstance(name, (str, Path)) or not str(name):
         raise CourseError(f"name is {name!r}; a model's name is needed. Use pocket-t5, a folder or a hub id.")
@@ -889,26 +986,31 @@ def sft(
 ) -> list[float]: # Loss of every step, in nats per token
     """Teach the current adapter to write the responses.
 
-    Raises `CourseError` for a policy without an adapter, lists of different lengths, no examples, bad weights, or a loss that is not finite.
+    Raises `CourseError` for a policy without an adapter, lists of different lengths, no examples, bad weights, or a
+    loss that is not finite.
     """
     prompt_rows, response_rows = policy.encode(prompts), policy.encode_responses(prompts, responses)
     parameters = list(policy._adapter().values())
     if not parameters:
-        raise CourseError("this policy has no adapter to train; its base weights stay frozen. Call policy.start_adapter() first.")
+        raise CourseError("this policy has no adapter to train; its base weights stay frozen. Call "
+                          "policy.start_adapter() first.")
     if not prompt_rows:
         raise CourseError("prompts is empty; fine-tuning needs at least one example. Pass two lists of strings.")
     weights = np.ones(len(prompt_rows)) if weights is None else np.asarray(weights, float)
-    if weights.shape != (len(prompt_rows),) or not np.isfinite(weights).all() or (weights < 0).any() or not weights.sum() > 0:
-        raise CourseError(f"weights must be {len(prompt_rows)} finite numbers of 0 or more, not all 0, one per example. "
-                          "Leave weights out to count all alike.")
+    if (weights.shape != (len(prompt_rows),) or not np.isfinite(weights).all() or (weights < 0).any()
+            or not weights.sum() > 0):
+        raise CourseError(f"weights must be {len(prompt_rows)} finite numbers of 0 or more, not all 0, one per "
+                          "example. Leave weights out to count all alike.")
     if epochs < 1 or batch_size < 1 or not lr > 0:
-        raise CourseError(f"epochs is {epochs}, batch_size is {batch_size}, lr is {lr}; epochs and batch_size must be 1 or more and lr above 0.")
+        raise CourseError(f"epochs is {epochs}, batch_size is {batch_size}, lr is {lr}; epochs and batch_size must "
+                          "be 1 or more and lr above 0.")
     policy._check_length(prompt_rows, max(map(len, response_rows)))
     rng = np.random.default_rng(seed)
     plan = [batch for _ in range(epochs) for batch in _shuffled_batches(prompt_rows, response_rows, batch_size, rng)]
     optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0)
     losses = []
-    for step, batch in enumerate(tqdm(plan, desc="sft", leave=False, disable=None if progress is None else not progress)):
+    for step, batch in enumerate(tqdm(plan, desc="sft", leave=False,
+                                      disable=None if progress is None else not progress)):
         optimizer.param_groups[0]["lr"] = lr * (1 - step / len(plan))
         ids, mask = policy._pad_prompts([prompt_rows[i] for i in batch])
         written, real = (x.to(policy.device) for x in _pad([response_rows[i] for i in batch], value=policy.pad))
@@ -919,7 +1021,8 @@ def sft(
         nll = -_pick(policy._forward(ids, mask, written, real)[0], written, 1.0)
         loss = (nll * counts).sum() / counts.sum()
         if not torch.isfinite(loss):
-            raise CourseError(f"the loss is {loss.item()} at step {step}; it must be finite. Lower lr (now {lr}) and start again.")
+            raise CourseError(f"the loss is {loss.item()} at step {step}; it must be finite. Lower lr (now {lr}) "
+                              "and start again.")
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)

@@ -35,7 +35,7 @@ class PPOConfig:
     lam:float=.95 # GAE parameter, in [0, 1]
     max_grad_norm:float|None=1. # Gradients of all parameters together are scaled down to this norm; None: never
     whiten:bool=True # Advantages to mean 0, variance 1 over the whole rollout
-    target_kl:float|None=None # Stop before a step (not the first) whose minibatch shows a larger k3 KL to the old policy, nats
+    target_kl:float|None=None # Stop before a step (never the first) whose minibatch shows a larger KL (k3), nats
 
     def __post_init__(self):
         rules = {
@@ -86,14 +86,15 @@ class Rollout:
         empty = (~mask.any(1)).nonzero().flatten().tolist()
         if empty:
             raise CourseError(f"{len(empty)} of {shape[0]} rollout rows are all padding (first: row {empty[0]}). "
-                              "Every row needs at least one real step: drop empty episodes or responses before the update.")
+                              "Every row needs at least one real step: drop empty episodes before the update.")
         wide = {name: _wide(fields[name].detach()) for name in ("logprobs", "values", "rewards")}
         for name, x in wide.items():
             bad = ~torch.isfinite(x) & mask
             if bad.any():
                 row, step = (int(i) for i in bad.nonzero()[0])
-                raise CourseError(f"Rollout {name} is {x[row, step].item()} at row {row}, step {step} ({int(bad.sum())} such "
-                                  f"entries). All {name} under the mask must be finite: look at what produced this row.")
+                raise CourseError(f"Rollout {name} is {x[row, step].item()} at row {row}, step {step} "
+                                  f"({int(bad.sum())} such entries). Every entry under the mask must be finite: "
+                                  "look at what produced this row.")
         end = self.bootstrap
         if end is not None and (tuple(end.shape) != shape[:1] or not bool(torch.isfinite(end).all())):
             raise CourseError(f"Rollout bootstrap has shape {tuple(end.shape)} or entries that are not finite; "
@@ -135,7 +136,8 @@ def _real(
 )->Tensor: # `x` with 0 on padding, at least float32
     "Padding to 0 before any arithmetic, so that a nan there reaches neither a value nor a gradient."
     if x.shape != mask.shape:
-        raise CourseError(f"Found shape {tuple(x.shape)} beside a mask of shape {tuple(mask.shape)}; both must be (B, T).")
+        raise CourseError(f"Found shape {tuple(x.shape)} beside a mask of shape {tuple(mask.shape)}; "
+                          "both must be (B, T). Pad them to the same width.")
     x = _wide(x)
     return torch.where(mask.bool(), x, torch.zeros_like(x))
 
@@ -206,13 +208,14 @@ def ppo_loss(
 )->tuple[Tensor, dict[str, float]]: # Scalar to minimize, and its parts as numbers
     """`-L_clip + c1 * L_value - c2 * entropy`, each a mean per step over the mask of the whole minibatch.
 
-    Because the mean runs over real steps only, adding padding (columns of it, or longer rows elsewhere) changes nothing.
+    Because the mean runs over real steps only, adding padding, or a longer row elsewhere, changes nothing.
     Raises `CourseError` for shapes that differ, an empty mask, or a missing part whose coefficient is not 0.
     Source: Schulman et al. (2017), equation 9, negated: they maximize, optimizers minimize.
     """
     for name, part, coef in (("values", values, config.value_coef), ("entropy", entropy, config.entropy_coef)):
         if part is None and coef:
-            raise CourseError(f"evaluate returned no {name}, but its coefficient is {coef}. Return {name}, or set it to 0.")
+            raise CourseError(f"evaluate returned no {name}, but its coefficient is {coef}. "
+                              "Return it, or set the coefficient to 0.")
     nothing = torch.zeros((), device=logprobs.device)
     policy = policy_loss(logprobs, old_logprobs, advantages, mask, config.clip)  # -L_CLIP
     value = nothing if values is None else value_loss(values, old_values, returns, mask, config.value_clip)  # L_VF
@@ -227,7 +230,7 @@ def ppo_loss(
 
 # %% ../nbs/03_ppo.ipynb #a5aba736
 def ppo_update(
-    evaluate:Callable[[Tensor], tuple[Tensor, Tensor|None, Tensor|None]], # Row indices `(b,)` -> logprobs, values, entropy
+    evaluate:Callable[[Tensor], tuple], # Row indices `(b,)` -> (logprobs, values, entropy), each `(b, T)`
     rollout:Rollout, # What the old policy did, `(B, T)`
     optimizer:torch.optim.Optimizer, # Holds every parameter to train: policy and critic
     config:PPOConfig, # Settings
@@ -239,10 +242,10 @@ def ppo_update(
     log-probabilities, values and entropies, each `(b, T)`, with gradient and without dropout. This function
     knows nothing else about the policy: not what a state is, nor an action.
 
-    Statistics: means over the minibatches, weighted by their real steps, of `loss`, `policy_loss`, `value_loss`, `entropy`,
-    `approx_kl` (k3), `clip_fraction` and `grad_norm` (before clipping); the largest `ratio_max`; `explained_variance`
-    of the recorded values; `first_log_ratio`, the largest |log ratio| before the first step (0 unless the recorded
-    log-probs come from another policy); `steps` taken; `stopped_early` (0 or 1).
+    Statistics: means over the minibatches, weighted by their real steps, of `loss`, `policy_loss`, `value_loss`,
+    `entropy`, `approx_kl` (k3), `clip_fraction` and `grad_norm` (before clipping); the largest `ratio_max`;
+    `explained_variance` of the recorded values; `first_log_ratio`, the largest |log ratio| before the first step
+    (0 unless the recorded log-probs come from another policy); `steps` taken; `stopped_early` (0 or 1).
 
     Raises `CourseError`, before any step, if the rollout is unusable (see `Rollout.check`), and before the step in
     question if a loss or gradient is not finite. Warns if the first ratios are far from 1.
@@ -308,9 +311,9 @@ def _first_log_ratio(
     "How far the recorded log-probs are from the policy's own; warns if it is the mark of a bug."
     gap = (_real(logprobs.detach(), mask) - _real(old_logprobs, mask)).abs().max().item()
     if gap > .1:
-        warnings.warn(f"Before the first step the log-probabilities differ from the recorded ones by up to {gap:.3g}; they "
-                      "should agree. Look for dropout, another temperature, a shift by one position, or an old rollout.",
-                      stacklevel=3)
+        warnings.warn(f"Before the first step the log-probabilities differ from the recorded ones by up to {gap:.3g}; "
+                      "they should agree. Look for dropout, another temperature, a shift by one position, or a rollout "
+                      "of another policy.", stacklevel=3)
     return gap
 
 

@@ -27,7 +27,7 @@ def bradley_terry_loss(
     rejected:torch.Tensor, # Scores of the rejected replies, shape `(B,)`
     labels:torch.Tensor|None=None, # P(chosen is better), shape `(B,)`, in [0, 1]; None = all 1
     margin:torch.Tensor|None=None, # By how much the better reply should lead, shape `(B,)`, >= 0; None = 0
-    weights:torch.Tensor|None=None, # Weight of each pair, shape `(B,)`, >= 0; None = equal. The loss is the weighted mean
+    weights:torch.Tensor|None=None, # Weight of each pair in the mean, shape `(B,)`, >= 0; None = equal
 )->torch.Tensor: # Scalar, >= 0, to be minimized, in nats
     """Negative log-likelihood of the preferences under Bradley-Terry.
 
@@ -35,13 +35,15 @@ def bradley_terry_loss(
     Source: Stiennon et al. (2020), section 3.4; Ouyang et al. (2022), eq. 1; margin: Touvron et al. (2023), eq. 2.
     """
     if chosen.shape != rejected.shape or chosen.ndim != 1 or not len(chosen):
-        raise CourseError(f"chosen and rejected have shapes {tuple(chosen.shape)} and {tuple(rejected.shape)}; both must be (B,) with B > 0.")
+        raise CourseError(f"chosen and rejected have shapes {tuple(chosen.shape)} and {tuple(rejected.shape)}; both "
+                          "must be (B,) with B > 0.")
     q = _checked(labels, chosen, "labels", 1., 1.)
     m = _checked(margin, chosen, "margin", 0., math.inf)
     w = _checked(weights, chosen, "weights", 1., math.inf)
     d = chosen - rejected                                                      # (B,)
-    if torch.isnan(d.detach()).any(): raise CourseError("a score is NaN; the model has diverged. Lower the learning rate or check its weights.")
-    loss = -(q * F.logsigmoid(d - m) + (1 - q) * F.logsigmoid(-d - m))         # (B,) cross-entropy, Ouyang eq. 1 at q = 1
+    if torch.isnan(d.detach()).any():
+        raise CourseError("a score is NaN; the model has diverged. Lower the learning rate or check its weights.")
+    loss = -(q * F.logsigmoid(d - m) + (1 - q) * F.logsigmoid(-d - m))  # (B,) cross-entropy, Ouyang eq. 1 at q = 1
     if weights is None: return loss.mean()
     if w.sum() <= 0: raise CourseError("the weights of a batch sum to 0; at least one pair must count.")
     return (w * loss).sum() / w.sum()
@@ -49,10 +51,12 @@ def bradley_terry_loss(
 def _checked(values, like, name, default, high):
     if values is None: return torch.full_like(like.detach(), default)
     values = torch.as_tensor(values, dtype=like.dtype, device=like.device)
-    if values.shape != like.shape: raise CourseError(f"{name} has shape {tuple(values.shape)}; it needs {tuple(like.shape)}, one per pair.")
-    if not ((values >= 0) & (values <= high) & torch.isfinite(values)).all():      # NaN fails both comparisons
-        raise CourseError(f"{name} holds {values[~((values >= 0) & (values <= high) & torch.isfinite(values))][0].item()}; "
-                          f"every value must lie in [0, {'1' if high == 1 else 'infinity'}).".replace("1).", "1]."))
+    if values.shape != like.shape:
+        raise CourseError(f"{name} has shape {tuple(values.shape)}; it needs {tuple(like.shape)}, one per pair.")
+    bad = ~((values >= 0) & (values <= high) & torch.isfinite(values))             # NaN fails every comparison
+    if bad.any():
+        raise CourseError(f"{name} holds {values[bad][0].item()}; every value must lie in [0, "
+                          f"{'1]' if high == 1 else 'infinity)'}.")
     return values
 
 def preference_probability(
@@ -66,13 +70,14 @@ def preference_probability(
 class RewardModel(torch.nn.Module):
     """A scalar head on the first token of an encoder. Calling it scores texts: `model(prompts, responses) -> (B,)`.
 
-    Make one with `RewardModel.load`. `shift` and `scale` (see `normalize`) change what `score` returns, never what the loss sees.
+    Make one with `RewardModel.load`. `shift` and `scale` (see `normalize`) change what `score` returns,
+    never what the loss sees.
     """
     def __init__(self,
         body, # Encoder such as `BertModel`; hidden size d
         tokenizer, # Its tokenizer, with a first ([CLS]) and a padding token
         seed:int=0, # Seed of the head's first weights
-        max_length:int|None=None, # Longest input in tokens; longer ones lose the end of their longer half. None: what the body allows
+        max_length:int|None=None, # Longest input, tokens; the longer half is cut. None: what the body allows
     ):
         super().__init__()
         self.body, self.tokenizer = body, tokenizer
@@ -80,7 +85,7 @@ class RewardModel(torch.nn.Module):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.head = torch.nn.Linear(width, 1)
-            torch.nn.init.normal_(self.head.weight, std=1 / math.sqrt(width + 1))     # lm-human-preferences initialization
+            torch.nn.init.normal_(self.head.weight, std=1 / math.sqrt(width + 1))  # lm-human-preferences initialization
             torch.nn.init.zeros_(self.head.bias)
         self.dropout = torch.nn.Dropout(getattr(body.config, "hidden_dropout_prob", .1) or 0.)
         self.register_buffer("shift", torch.zeros(()))
@@ -111,14 +116,16 @@ class RewardModel(torch.nn.Module):
         def pad(lists, fill): return torch.tensor([x + [fill] * (T - len(x)) for x in lists], device=self.device)
         inputs = dict(input_ids=pad([ids for ids, _ in rows], self.tokenizer.pad_token_id),            # (B, T)
                       attention_mask=pad([[1] * len(ids) for ids, _ in rows], 0))
-        if getattr(self.body.config, "type_vocab_size", 0) > 1: inputs["token_type_ids"] = pad([kinds for _, kinds in rows], 0)
+        if getattr(self.body.config, "type_vocab_size", 0) > 1:
+            inputs["token_type_ids"] = pad([kinds for _, kinds in rows], 0)
         hidden = self.body(**inputs).last_hidden_state                                                # (B, T, d)
         return self.head(self.dropout(hidden[:, 0]).to(self.head.weight.dtype)).squeeze(-1).float()    # (B,)
 
     def raw_score(self, prompts:list[str], responses:list[str], batch_size:int=64)->torch.Tensor:
-        "Scores before `shift` and `scale`: their differences are log-odds under Bradley-Terry. Shape `(B,)`, on the CPU."
+        "Scores before `shift` and `scale`: their differences are log-odds under Bradley-Terry. Shape `(B,)`, on the "
+        "CPU."
         rows, scores = self.encode(prompts, responses), torch.zeros(len(prompts))
-        order = sorted(range(len(rows)), key=lambda i: len(rows[i][0]))                # texts of similar length together
+        order = sorted(range(len(rows)), key=lambda i: len(rows[i][0]))  # texts of similar length together
         was_training = self.training
         self.eval()
         try:
@@ -145,16 +152,18 @@ class RewardModel(torch.nn.Module):
     def save(self,
         path, # Folder to write; an old reward model there is replaced
     )->Path: # The folder
-        "Write body, tokenizer and head as an ordinary model folder plus `reward_head.safetensors`; complete or not at all."
+        "Write body, tokenizer and head as an ordinary model folder plus `reward_head.safetensors`; complete or not "
+        "at all."
         from safetensors.torch import save_file
         path = Path(path)
         if path.exists() and not (path/"reward_model.json").exists() and (path.is_file() or any(path.iterdir())):
-            raise CourseError(f"{path} exists and holds no reward model; saving would destroy what is there. Choose another folder.")
+            raise CourseError(f"{path} exists and holds no reward model; saving would destroy what is there. Choose "
+                              "another folder.")
         path.parent.mkdir(parents=True, exist_ok=True)
         new, old = path.with_name(f".{path.name}.new"), path.with_name(f".{path.name}.old")
         for folder in (new, old): shutil.rmtree(folder, ignore_errors=True)
-        self.body.save_pretrained(new, safe_serialization=True)
-        self.tokenizer.save_pretrained(new)
+        with _quiet(): self.body.save_pretrained(new)
+        _save_tokenizer(self.tokenizer, new)
         state = {"weight": self.head.weight, "bias": self.head.bias, "shift": self.shift, "scale": self.scale}
         save_file({k: v.detach().cpu().contiguous() for k, v in state.items()}, new/"reward_head.safetensors")
         (new/"reward_model.json").write_text(json.dumps(dict(format=1, max_length=self.max_length), indent=2) + "\n")
@@ -178,43 +187,70 @@ class RewardModel(torch.nn.Module):
         saved = folder is not None and (folder/"reward_model.json").exists()
         if saved: max_length = max_length or json.loads((folder/"reward_model.json").read_text())["max_length"]
         model = cls(body, tokenizer, seed, max_length)
+        if not _first_token_sees_all(model):
+            raise CourseError(f"the first token of {name_or_path} does not see the text after it (a left-to-right "
+                              "model); a reward model needs an encoder such as BERT. Try pocket-bert.")
         if saved:
             try:
                 state = load_file(folder/"reward_head.safetensors")
                 model.head.load_state_dict({k: state[k] for k in ("weight", "bias")})
                 model.shift.copy_(state["shift"]); model.scale.copy_(state["scale"])
-            except Exception as error: raise CourseError(f"{folder}/reward_head.safetensors cannot be used ({error}). Train and save the model again.") from None
+            except Exception as error:
+                raise CourseError(f"{folder}/reward_head.safetensors cannot be used ({error}). Train and save the "
+                                  "model again.") from None
         return model
 
 def _open_encoder(name):
     from transformers import AutoModel, AutoTokenizer
     from cai_course.paths import model_dir
-    if not isinstance(name, (str, os.PathLike)): raise CourseError(f"the model name is {name!r}; it must be a string or a path.")
+    if not isinstance(name, (str, os.PathLike)):
+        raise CourseError(f"the model name is {name!r}; it must be a string or a path.")
     folder = Path(name) if Path(name).is_dir() else model_dir(str(name))
     if folder is None and str(name).startswith("pocket-"):
-        raise CourseError(f"{name} is not in this installation (data/models/{name} is missing). Make it with `cai-course pretrain`, or name another encoder.")
+        raise CourseError(f"{name} is not in this installation (data/models/{name} is missing). Make it with "
+                          "`cai-course pretrain`, or name another encoder.")
     if folder is None and (os.path.isabs(str(name)) or str(name).startswith(".") or str(name).count("/") > 1):
-        raise CourseError(f"{name}: no such folder. Give the folder of an encoder, the name of a shipped model, or a hub id.")
+        raise CourseError(f"{name}: no such folder. Give the folder of an encoder, the name of a shipped model, or a "
+                          "hub id.")
     try:
         from transformers import AutoConfig
         where, options = str(folder or name), dict(trust_remote_code=False)
         config = AutoConfig.from_pretrained(where, **options)
         if getattr(config, "is_encoder_decoder", False) or not getattr(config, "hidden_size", None):
-            raise CourseError(f"{name} is a {config.model_type} model; a reward model needs an encoder such as BERT. Try pocket-bert.")
+            raise CourseError(f"{name} is a {config.model_type} model; a reward model needs an encoder such as BERT. "
+                              "Try pocket-bert.")
         tokenizer = AutoTokenizer.from_pretrained(where, **options)
         if tokenizer.cls_token_id is None or tokenizer.pad_token_id is None:
-            raise CourseError(f"{name} has no [CLS] or no padding token; the score is read at the first token, so an encoder such as BERT is needed. Try pocket-bert.")
-        extra = dict(add_pooling_layer=False) if config.model_type in ("bert", "roberta", "xlm-roberta", "camembert") else {}
+            raise CourseError(f"{name} has no [CLS] or no padding token; the score is read at the first token, so an "
+                              "encoder such as BERT is needed. Try pocket-bert.")
+        # a third of a training step on a CPU, and little use
+        for key in ("attention_probs_dropout_prob", "attention_dropout"):
+            if hasattr(config, key): setattr(config, key, 0.)
+        extra = dict(add_pooling_layer=False) if config.model_type in ("bert",) + _ROBERTAS else {}
         with _quiet():
-            body, found = AutoModel.from_pretrained(where, use_safetensors=True, dtype=torch.float32, output_loading_info=True, **extra, **options)
+            body, found = AutoModel.from_pretrained(where, config=config, use_safetensors=True, dtype=torch.float32,
+                                                    output_loading_info=True, **extra, **options)
         if found["missing_keys"]:
-            raise CourseError(f"{name} lacks the weights {sorted(found['missing_keys'])[:3]}; they would be random. Use a complete model folder.")
+            raise CourseError(f"{name} lacks the weights {sorted(found['missing_keys'])[:3]}; they would be random. "
+                              "Use a complete model folder.")
     except CourseError: raise
     except Exception as error:
         reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
-        raise CourseError(f"{name} cannot be opened as an encoder ({reason}). Give a folder with config.json, model.safetensors and a tokenizer; "
-                          "a hub id needs a network or a filled cache.") from None
+        raise CourseError(f"{name} cannot be opened as an encoder ({reason}). Give a folder with config.json, "
+                          "model.safetensors and a tokenizer; a hub id needs a network or a filled cache.") from None
     return folder, body, tokenizer
+
+def _save_tokenizer(tokenizer, folder):
+    # without traces of how it was opened or last called, so that equal models are equal bytes
+    core = getattr(tokenizer, "backend_tokenizer", None)
+    if core is not None: core.no_truncation(); core.no_padding()
+    tokenizer.save_pretrained(folder)
+    path = Path(folder)/"tokenizer_config.json"
+    settings = json.loads(path.read_text(encoding="utf-8"))
+    traces = {"is_local", "local_files_only", "max_length", "stride", "truncation_side", "truncation_strategy",
+              "pad_to_multiple_of", "pad_token_type_id"}
+    kept = {k: v for k, v in sorted(settings.items()) if k not in traces}
+    path.write_text(json.dumps(kept, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 @contextmanager
 def _quiet(): # loading a body from a masked-LM checkpoint reports unused weights of the old head: expected here
@@ -226,18 +262,28 @@ def _quiet(): # loading a body from a masked-LM checkpoint reports unused weight
         logging.set_verbosity(level)
         if bar: logging.enable_progress_bar()
 
+def _first_token_sees_all(model):
+    rows = model.encode(["a"], ["b"])
+    last = [rows[0][0][:-1] + [(rows[0][0][-1] + 1) % model.body.config.vocab_size]]
+    def first(ids): return model.body(input_ids=torch.tensor(ids, device=model.device)).last_hidden_state[0, 0]
+    with torch.no_grad(): return not torch.equal(first([rows[0][0]]), first(last))
+
+_ROBERTAS = ("roberta", "xlm-roberta", "camembert")             # their positions start after the padding index
+
 def _longest(body, tokenizer):
     positions = getattr(body.config, "max_position_embeddings", None) or 512
-    if body.config.model_type in ("roberta", "xlm-roberta", "camembert"): positions -= (body.config.pad_token_id or 0) + 1
+    if body.config.model_type in _ROBERTAS: positions -= (body.config.pad_token_id or 0) + 1
     return int(min(positions, tokenizer.model_max_length, 512))
 
 def _check_texts(prompts, responses):
     for name, texts in (("prompts", prompts), ("responses", responses)):
-        if isinstance(texts, str): raise CourseError(f"{name} is one string {texts[:60]!r}; it must be a list of strings. Put it in brackets.")
+        if isinstance(texts, str):
+            raise CourseError(f"{name} is one string {texts[:60]!r}; it must be a list of strings. Put it in brackets.")
         for i, text in enumerate(texts):
             if not isinstance(text, str): raise CourseError(f"{name}[{i}] is {text!r}; it must be a string.")
     if len(prompts) != len(responses):
-        raise CourseError(f"there are {len(prompts)} prompts and {len(responses)} responses; give one response per prompt.")
+        raise CourseError(f"there are {len(prompts)} prompts and {len(responses)} responses; give one response per "
+                          "prompt.")
 
 # %% ../nbs/06_reward_models.ipynb #efda4e53
 def normalize(
@@ -252,7 +298,8 @@ def normalize(
     """
     raw = model.raw_score(prompts, responses)
     if len(raw) < 2 or not raw.std(correction=0) > 1e-6:
-        raise CourseError(f"{len(raw)} replies with a spread of {raw.std(correction=0).item() if len(raw) else 0:.2g} cannot be normalized; "
+        raise CourseError(f"{len(raw)} replies with a spread of "
+                          f"{raw.std(correction=0).item() if len(raw) else 0:.2g} cannot be normalized; "
                           "give at least two replies that score differently.")
     model.shift.copy_(raw.mean()); model.scale.copy_(raw.std(correction=0))
     return raw.mean().item(), raw.std(correction=0).item()
@@ -268,14 +315,16 @@ def score_pairs(
     scores = reward.raw_score(prompts, texts, batch_size) if isinstance(reward, RewardModel) else reward(prompts, texts)
     scores = torch.as_tensor(scores, dtype=torch.float32).detach().cpu()
     if scores.shape != (len(texts),) or torch.isnan(scores).any():
-        raise CourseError(f"the reward function returned shape {tuple(scores.shape)} for {len(texts)} texts, or a NaN; it must return one number per text.")
+        raise CourseError(f"the reward function returned shape {tuple(scores.shape)} for {len(texts)} texts, or a "
+                          "NaN; it must return one number per text.")
     return scores[:len(rows)], scores[len(rows):]
 
 def pair_correct(
     reward:Callable, # As in `score_pairs`
     pairs, # Preference data; ties (label .5) have no right answer
 )->np.ndarray: # Shape `(N,)`: 1 right, 0 wrong, .5 equal scores, NaN for a pair whose label is .5
-    "Which pairs the reward function puts in the labeled order; feed it to `stats.estimate` with the prompts as clusters."
+    "Which pairs the reward function puts in the labeled order; feed it to `stats.estimate` with the prompts as "
+    "clusters."
     chosen, rejected = score_pairs(reward, pairs)
     labels = np.array([r["label"] for r in validate_pairs(pairs, identical="keep")])
     right = (1 + np.sign((chosen - rejected).double().numpy()) * np.sign(labels - .5)) / 2
@@ -287,7 +336,8 @@ def accuracy(
 )->float: # Share of the pairs ranked as labeled, in [0, 1]; equal scores count one half
     "Agreement of a reward function with the labels. `pair_correct` gives the single verdicts, for intervals."
     right = pair_correct(reward, pairs)
-    if np.isnan(right).all(): raise CourseError("every pair is a tie (label 0.5); accuracy needs pairs with a better reply.")
+    if np.isnan(right).all():
+        raise CourseError("every pair is a tie (label 0.5); accuracy needs pairs with a better reply.")
     return float(np.nanmean(right))
 
 # %% ../nbs/06_reward_models.ipynb #7853a08a
@@ -310,32 +360,41 @@ class RewardTrainer:
         k_wise:bool=False, # True: all pairs of a prompt in one batch, weighted 1/(their number), as InstructGPT does
         identical:str="error", # As in `validate_pairs`
     ):
-        if not isinstance(model, RewardModel): raise CourseError(f"model is {type(model).__name__}; it must be a RewardModel. Make one with RewardModel.load.")
-        for name, value, low, whole in (("epochs", epochs, 1, True), ("batch_size", batch_size, 1, True), ("max_tokens", max_tokens, 1, True),
-                                        ("lr", 1. if lr is None else lr, 0, False), ("warmup", warmup, 0, False), ("max_grad_norm", max_grad_norm, 0, False)):
-            number = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool)
+        if not isinstance(model, RewardModel):
+            raise CourseError(f"model is {type(model).__name__}; it must be a RewardModel. Make one with "
+                              "RewardModel.load.")
+        for name, value, low, whole in (("seed", seed, 0, True), ("epochs", epochs, 1, True),
+                                        ("batch_size", batch_size, 1, True), ("max_tokens", max_tokens, 1, True),
+                                        ("lr", 1. if lr is None else lr, 0, False), ("warmup", warmup, 0, False),
+                                        ("max_grad_norm", max_grad_norm, 0, False)):
+            number = isinstance(value, (int, np.integer) if whole else (int, float)) and not isinstance(value, bool)
             if not number or not low <= value < math.inf or (name == "lr" and value == 0):
-                raise CourseError(f"{name} is {value!r}; it must be {'a whole number, ' if whole else ''}{low} or more{' and not 0' if name == 'lr' else ''}.")
+                raise CourseError(f"{name} is {value!r}; it must be {'a whole number, ' if whole else ''}{low} or "
+                                  f"more{' and not 0' if name == 'lr' else ''}.")
         self.model, self.seed, self.max_grad_norm, self.warmup, self.taken = model, seed, max_grad_norm, warmup, 0
         rows = validate_pairs(pairs, identical=identical)
         groups = group_pairs(rows) if k_wise else [[r] for r in rows]
         self.rows = [r | dict(weight=r.get("weight", 1.) / (len(g) if k_wise else 1)) for g in groups for r in g]
-        texts = {}                                                                   # every different (prompt, reply) once
-        self.sides = [tuple(texts.setdefault((r["prompt"], r[s]), len(texts)) for s in ("chosen", "rejected")) for r in self.rows]
+        texts = {}  # every different (prompt, reply) once
+        self.sides = [tuple(texts.setdefault((r["prompt"], r[s]), len(texts)) for s in ("chosen", "rejected"))
+                      for r in self.rows]
         self.encoded = model.encode([p for p, _ in texts], [t for _, t in texts])
         units, start = [], 0
         for g in groups: units.append(list(range(start, start + len(g)))); start += len(g)
         self.batches = [(e, b) for e in range(epochs) for b in self._epoch(units, e, batch_size, max_tokens)]
         parameters = [p for p in model.parameters() if p.requires_grad]
-        if not parameters: raise CourseError("no parameter of the model requires a gradient; unfreeze the head at least.")
+        if not parameters:
+            raise CourseError("no parameter of the model requires a gradient; unfreeze the head at least.")
         if lr is None: lr = 5e-4 if sum(p.numel() for p in model.parameters()) < 10_000_000 else 2e-5
         self.lr, decay = lr, [p for p in parameters if p.ndim > 1]
+        plain = [p for p in parameters if p.ndim <= 1]
         self.optimizer = torch.optim.AdamW([dict(params=decay, weight_decay=weight_decay),
-                                            dict(params=[p for p in parameters if p.ndim <= 1], weight_decay=0.)], lr=lr)
+                                            dict(params=plain, weight_decay=0.)], lr=lr)
 
     def _length(self, unit): return max(len(self.encoded[t][0]) for i in unit for t in self.sides[i])
 
-    def _epoch(self, units, epoch, batch_size, max_tokens): # batches of row numbers, in random order, similar lengths together
+    def _epoch(self, units, epoch, batch_size, max_tokens):
+        # batches of row numbers, in random order, similar lengths together
         rng = np.random.default_rng([self.seed, epoch])
         order, batches = rng.permutation(len(units)), []
         pool = max(1, 16 * batch_size // max(1, round(len(self.rows) / len(units))))
@@ -343,7 +402,8 @@ class RewardTrainer:
             batch = []
             for u in sorted(order[start:start + pool], key=lambda u: (self._length(units[u]), u)):
                 size = len(batch) + len(units[u])
-                if batch and (size > batch_size or 2 * size * self._length(units[u]) > max_tokens): batches.append(batch); batch = []
+                if batch and (size > batch_size or 2 * size * self._length(units[u]) > max_tokens):
+                    batches.append(batch); batch = []
                 batch = batch + units[u]
             batches.append(batch)
         return [batches[i] for i in rng.permutation(len(batches))]
@@ -358,41 +418,50 @@ class RewardTrainer:
 
     def step(self)->dict: # step (from 1), epoch, loss, accuracy on the batch (NaN if all are ties), lr, grad_norm
         "One update. Raises `CourseError` when training is over or the loss is not finite."
-        if self.done: raise CourseError(f"all {self.total_steps} steps are taken; make a new RewardTrainer to train longer.")
+        if self.done:
+            raise CourseError(f"all {self.total_steps} steps are taken; make a new RewardTrainer to train longer.")
         model, (epoch, batch) = self.model, self.batches[self.taken]
         rise = max(1, round(self.warmup * self.total_steps))
-        rate = self.lr * min((self.taken + 1) / rise, (self.total_steps - self.taken) / max(1, self.total_steps - rise + 1))
+        left = (self.total_steps - self.taken) / max(1, self.total_steps - rise + 1)
+        rate = self.lr * min((self.taken + 1) / rise, left)
         for group in self.optimizer.param_groups: group["lr"] = rate
         used = sorted({t for i in batch for t in self.sides[i]})
         place = {t: n for n, t in enumerate(used)}
-        column = lambda name, default: torch.tensor([self.rows[i].get(name, default) for i in batch], device=model.device)
+        def column(name, default):
+            return torch.tensor([self.rows[i].get(name, default) for i in batch], device=model.device)
         labels = column("label", 1.)
         model.train()
         with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
-            torch.manual_seed(int(np.random.SeedSequence([self.seed, 1, self.taken]).generate_state(1)[0]))     # dropout of this step
+            # dropout of this step
+            torch.manual_seed(int(np.random.SeedSequence([self.seed, 1, self.taken]).generate_state(1)[0]))
             scores = model.logits([self.encoded[t] for t in used])                   # one forward over both sides
         model.eval()
-        chosen, rejected = (scores[[place[self.sides[i][side]] for i in batch]] for side in (0, 1))             # (B,) each
+        chosen, rejected = (scores[[place[self.sides[i][side]] for i in batch]] for side in (0, 1))  # (B,) each
         loss = bradley_terry_loss(chosen, rejected, labels, column("margin", 0.), column("weight", 1.))
-        if not torch.isfinite(loss): raise CourseError(f"the loss at step {self.taken + 1} is {loss.item()}; lower lr (now {self.lr}) and train again.")
+        if not torch.isfinite(loss):
+            raise CourseError(f"the loss at step {self.taken + 1} is {loss.item()}; lower lr (now {self.lr}) and "
+                              "train again.")
         self.optimizer.zero_grad()
         loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_([p for g in self.optimizer.param_groups for p in g["params"]], self.max_grad_norm)
+        trained = [p for g in self.optimizer.param_groups for p in g["params"]]
+        norm = torch.nn.utils.clip_grad_norm_(trained, self.max_grad_norm)
         self.optimizer.step()
         self.taken += 1
         decided = labels != .5
         right = ((1 + torch.sign(chosen - rejected) * torch.sign(labels - .5)) / 2)[decided]
-        return dict(step=self.taken, epoch=epoch, loss=loss.item(), accuracy=right.mean().item() if len(right) else math.nan,
-                    lr=rate, grad_norm=float(norm))
+        return dict(step=self.taken, epoch=epoch, loss=loss.item(), lr=rate, grad_norm=float(norm),
+                    accuracy=right.mean().item() if len(right) else math.nan)
 
     def state_dict(self)->dict: # Tensors and numbers only: `torch.save` it, load with `weights_only=True`
         "Everything that a run needs to go on after the steps taken so far (the pairs and settings are given again)."
-        return dict(taken=self.taken, total=self.total_steps, model=self.model.state_dict(), optimizer=self.optimizer.state_dict())
+        return dict(taken=self.taken, total=self.total_steps, model=self.model.state_dict(),
+                    optimizer=self.optimizer.state_dict())
 
     def load_state_dict(self, state:dict)->None:
         "Go on from `state_dict()`. Raises `CourseError` if it belongs to another data set or other settings."
         if state.get("total") != self.total_steps:
-            raise CourseError(f"the saved state belongs to a run of {state.get('total')} steps, this one has {self.total_steps}; use the same pairs and settings.")
+            raise CourseError(f"the saved state belongs to a run of {state.get('total')} steps, this one has "
+                              f"{self.total_steps}; use the same pairs and settings.")
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.taken = state["taken"]
@@ -417,7 +486,8 @@ def train_reward_model(
     trainer = RewardTrainer(model, pairs, epochs, lr, batch_size, seed, **options)
     if resume is not None: trainer.load_state_dict(resume)
     history = []
-    with tqdm(total=trainer.total_steps, initial=trainer.taken, disable=not progress, desc="reward model", leave=False) as bar:
+    with tqdm(total=trainer.total_steps, initial=trainer.taken, disable=not progress, desc="reward model",
+              leave=False) as bar:
         while not trainer.done:
             history.append(trainer.step())
             bar.update()
@@ -443,10 +513,12 @@ def tiny_reward_model(
     core.normalizer, core.pre_tokenizer = Lowercase(), split
     core.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1",
                                                         special_tokens=[("[CLS]", 2), ("[SEP]", 3)])
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]",
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, pad_token="[PAD]", unk_token="[UNK]",
+                                        cls_token="[CLS]", sep_token="[SEP]",
                                         mask_token="[MASK]", model_max_length=max_length)
-    config = BertConfig(vocab_size=len(special) + len(words), hidden_size=width, num_hidden_layers=layers, num_attention_heads=2,
-                        intermediate_size=2 * width, max_position_embeddings=max_length)
+    config = BertConfig(vocab_size=len(special) + len(words), hidden_size=width, num_hidden_layers=layers,
+                        num_attention_heads=2, intermediate_size=2 * width, max_position_embeddings=max_length,
+                        attention_probs_dropout_prob=0.)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         body = BertModel(config, add_pooling_layer=False)
@@ -457,15 +529,17 @@ def calibration_curve(
     probabilities, # P(chosen is better) as stated, shape `(N,)`
     outcomes, # What was observed, shape `(N,)`, in [0, 1]: 1 = chosen won; a share of votes is fine
     bins:int=10, # Equal bins of the stated probability
-    fold:bool=True, # True: pairs may be swapped, so p < .5 becomes (1 - p, 1 - outcome) and bins span [.5, 1]; False: bins span [0, 1]
+    fold:bool=True, # True: p < .5 becomes (1 - p, 1 - outcome), bins span [.5, 1]; False: bins span [0, 1]
 )->dict[str, np.ndarray]: # probability (mean stated), frequency (mean observed), count; empty bins are left out
     """Stated against observed frequency, for a reliability diagram.
 
     Raises `CourseError` for empty or unequal inputs or values outside [0, 1].
     """
     p, y = (_unit_array(v, n) for v, n in ((probabilities, "probabilities"), (outcomes, "outcomes")))
-    if len(p) != len(y): raise CourseError(f"there are {len(p)} probabilities and {len(y)} outcomes; give one outcome per probability.")
-    if isinstance(bins, bool) or not isinstance(bins, int) or bins < 1: raise CourseError(f"bins is {bins!r}; it must be a whole number, 1 or more.")
+    if len(p) != len(y):
+        raise CourseError(f"there are {len(p)} probabilities and {len(y)} outcomes; give one outcome per probability.")
+    if isinstance(bins, bool) or not isinstance(bins, int) or bins < 1:
+        raise CourseError(f"bins is {bins!r}; it must be a whole number, 1 or more.")
     low = 0.
     if fold: low, y, p = .5, np.where(p < .5, 1 - y, y), np.maximum(p, 1 - p)
     place = np.minimum(((p - low) / (1 - low) * bins).astype(int), bins - 1)
@@ -487,27 +561,32 @@ def expected_calibration_error(
 def bayes_accuracy(
     probabilities, # True P(chosen is better) of each pair, shape `(N,)`
 )->float: # In [.5, 1]
-    "Noise ceiling: the best accuracy that any predictor can expect against one noisy label per pair, mean(max(p, 1 - p))."
+    "Noise ceiling: the best accuracy that any predictor can expect against one noisy label per pair, mean(max(p, 1 "
+    "- p))."
     p = _unit_array(probabilities, "probabilities")
     return float(np.maximum(p, 1 - p).mean())
 
 def _unit_array(values, name):
     try: array = np.asarray(values.detach().cpu() if isinstance(values, torch.Tensor) else values, float)
-    except (TypeError, ValueError): raise CourseError(f"{name} is {str(values)[:60]}; it must be a list of numbers in [0, 1].") from None
+    except (TypeError, ValueError):
+        raise CourseError(f"{name} is {str(values)[:60]}; it must be a list of numbers in [0, 1].") from None
     if array.ndim != 1 or not len(array) or not ((array >= 0) & (array <= 1)).all():
-        raise CourseError(f"{name} has shape {array.shape} and must be a non-empty list of numbers in [0, 1], without NaN.")
+        raise CourseError(f"{name} has shape {array.shape} and must be a non-empty list of numbers in [0, 1], "
+                          "without NaN.")
     return array
 
 # %% ../nbs/06_reward_models.ipynb #a1292d81
 def class_reward(
     logits:torch.Tensor, # Classifier outputs, shape `(B, classes)`
     index:int, # Which class is the good one
-    kind:str="log_odds", # "log_odds" (log p/(1-p), unbounded), "probability" (in [0, 1]) or "logit" (not shift-invariant)
+    kind:str="log_odds", # "log_odds" (log p/(1-p)), "probability" (in [0, 1]) or "logit" (not shift-invariant)
 )->torch.Tensor: # Rewards, shape `(B,)`
     "Reward for belonging to one class. Raises `CourseError` for an unknown kind or class."
-    if kind not in ("log_odds", "probability", "logit"): raise CourseError(f'kind is {kind!r}; use "log_odds", "probability" or "logit".')
+    if kind not in ("log_odds", "probability", "logit"):
+        raise CourseError(f'kind is {kind!r}; use "log_odds", "probability" or "logit".')
     if logits.ndim != 2 or logits.shape[1] < 2 or not 0 <= index < logits.shape[1]:
-        raise CourseError(f"logits have shape {tuple(logits.shape)} and index is {index}; logits must be (B, classes >= 2) and index one of the classes.")
+        raise CourseError(f"logits have shape {tuple(logits.shape)} and index is {index}; logits must be (B, classes "
+                          ">= 2) and index one of the classes.")
     if kind == "logit": return logits[:, index]
     if kind == "probability": return logits.softmax(-1)[:, index]
     others = torch.cat([logits[:, :index], logits[:, index + 1:]], 1)
@@ -525,11 +604,14 @@ class ClassifierReward:
         from transformers import AutoModelForSequenceClassification, AutoTokenizer
         try:
             with _quiet():
-                self.model = AutoModelForSequenceClassification.from_pretrained(name_or_path, use_safetensors=True, trust_remote_code=False).eval()
+                self.model = AutoModelForSequenceClassification.from_pretrained(
+                    name_or_path, use_safetensors=True, trust_remote_code=False).eval()
             self.tokenizer = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=False)
         except Exception as error:
-            raise CourseError(f"{name_or_path} cannot be opened as a classifier ({str(error).strip().splitlines()[0][:200]}). "
-                              "Give a folder with safetensors weights; a hub id needs a network or a filled cache.") from None
+            raise CourseError(f"{name_or_path} cannot be opened as a classifier "
+                              f"({str(error).strip().splitlines()[0][:200]}). "
+                              "Give a folder with safetensors weights; a hub id needs a network "
+                              "or a filled cache.") from None
         names = {str(v).lower(): int(k) for k, v in self.model.config.id2label.items()}
         if label.lower() not in names: raise CourseError(f"label is {label!r}; this classifier has {sorted(names)}.")
         self.index, self.kind, self.with_prompt, self.max_length = names[label.lower()], kind, with_prompt, max_length
@@ -542,6 +624,8 @@ class ClassifierReward:
         for start in range(0, len(responses), batch_size):
             part = slice(start, start + batch_size)
             texts = (list(prompts[part]), list(responses[part])) if self.with_prompt else (list(responses[part]),)
-            batch = self.tokenizer(*texts, padding=True, truncation=True, max_length=self.max_length, return_tensors="pt").to(self.model.device)
-            with torch.no_grad(): rewards.append(class_reward(self.model(**batch).logits.float(), self.index, self.kind).cpu())
+            batch = self.tokenizer(*texts, padding=True, truncation=True, max_length=self.max_length,
+                                   return_tensors="pt")
+            with torch.no_grad(): logits = self.model(**batch.to(self.model.device)).logits.float()
+            rewards.append(class_reward(logits, self.index, self.kind).cpu())
         return torch.cat(rewards) if rewards else torch.zeros(0)

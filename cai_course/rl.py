@@ -23,12 +23,12 @@ def _as_mask(
     "`mask` as booleans, after a check of its shape and entries."
     if mask is None: return torch.ones_like(like, dtype=torch.bool)
     if mask.shape != like.shape:
-        raise CourseError(f"{name} has shape {tuple(mask.shape)}, but the values it masks have shape {tuple(like.shape)}. "
+        raise CourseError(f"{name} has shape {tuple(mask.shape)}, but what it masks has shape {tuple(like.shape)}. "
                           "Both must be (B, T): one entry for every step of every row.")
     if mask.dtype == torch.bool: return mask
     if not bool(((mask == 0) | (mask == 1)).all()):
-        raise CourseError(f"{name} holds values other than 0 and 1 (range {mask.min().item():g} to {mask.max().item():g}). "
-                          "Give 1 for a real step and 0 for padding; additive attention masks (0 and -inf) do not fit here.")
+        raise CourseError(f"{name} holds values other than 0 and 1 ({mask.min().item():g} to {mask.max().item():g}). "
+                          "Give 1 for a real step and 0 for padding; additive attention masks do not fit here.")
     return mask.bool()
 
 
@@ -78,14 +78,15 @@ def _checked(
     mask = _as_mask(mask, first)
     for other, x in tensors.items():
         if x.shape != first.shape:
-            raise CourseError(f"{other} has shape {tuple(x.shape)} but {name} has {tuple(first.shape)}. Both must be (B, T).")
+            raise CourseError(f"{other} has shape {tuple(x.shape)} but {name} has {tuple(first.shape)}. "
+                              "Both must be (B, T).")
         if not x.is_floating_point():
             raise CourseError(f"{other} has dtype {x.dtype}; needed: floating point. Convert it with .float().")
         bad = (~torch.isfinite(x)) & mask
         if bad.any():
             row, step = (int(i) for i in bad.nonzero()[0])
-            raise CourseError(f"{other} is not finite at {int(bad.sum())} of {int(mask.sum())} steps, first at row {row}, "
-                              f"step {step} ({x[row, step].item()}). Find where it was computed before training on it.")
+            raise CourseError(f"{other} is not finite at {int(bad.sum())} of {int(mask.sum())} steps, the first at "
+                              f"row {row}, step {step}: {x[row, step].item()}. Mend its source before training on it.")
     for label, value in (("gamma", gamma), ("lam", lam)):
         if not 0 <= value <= 1: raise CourseError(f"{label} is {value}; it must lie in [0, 1].")
     return mask
@@ -181,7 +182,7 @@ def reinforce_loss(
     zero = torch.zeros_like(logprobs)
     return -masked_mean(torch.where(mask, logprobs, zero) * torch.where(mask, weights.detach(), zero), mask)
 
-# %% ../nbs/02_policy_gradients.ipynb #97a5dc65
+# %% ../nbs/02_policy_gradients.ipynb #3e61c676
 def gae(
     rewards:Tensor, # Reward of each step, shape `(B, T)`
     values:Tensor, # Critic's value of the state before each step, shape `(B, T)`; treated as constant
@@ -193,7 +194,7 @@ def gae(
     """Generalized advantage estimation: discounted sums of one-step errors of the critic.
 
     `returns` is `advantages + values`. Padding is skipped wherever it stands.
-    Raises `CourseError` for shapes that differ, parameters outside [0, 1], or values that are not finite under the mask.
+    Raises `CourseError` for shapes that differ, parameters outside [0, 1], or entries not finite under the mask.
     Source: Schulman et al. (2016), equations 11 to 16.
     """
     mask = _checked(mask, gamma=gamma, lam=lam, rewards=rewards, values=values)
@@ -201,7 +202,7 @@ def gae(
     advantages, zero = torch.zeros_like(values), torch.zeros_like(values[:, 0])
     running, next_value = zero, zero if bootstrap is None else bootstrap.detach().to(values)
     if next_value.shape != zero.shape:
-        raise CourseError(f"bootstrap has shape {tuple(next_value.shape)}; needed: one value per row, {tuple(zero.shape)}.")
+        raise CourseError(f"bootstrap has shape {tuple(next_value.shape)}; needed: {tuple(zero.shape)}, one per row.")
     for t in reversed(range(values.shape[1])):
         delta = rewards[:, t] + gamma * next_value - values[:, t]  # delta_t, GAE eq. 12
         running = torch.where(mask[:, t], delta + gamma * lam * running, running)  # A_t, GAE eq. 16, as a recursion
@@ -209,7 +210,7 @@ def gae(
         advantages[:, t] = torch.where(mask[:, t], running, zero)
     return advantages, torch.where(mask, advantages + values, torch.zeros_like(values))
 
-# %% ../nbs/02_policy_gradients.ipynb #1881dcdb
+# %% ../nbs/02_policy_gradients.ipynb #dd585db4
 def whiten(
     x:Tensor, # Any quantity, shape `(B, T)`
     mask:Tensor|None, # 1 for a real step, 0 for padding, shape `(B, T)`
@@ -217,7 +218,7 @@ def whiten(
 )->Tensor: # Rescaled to variance 1 over the real steps, shape `(B, T)`, 0 on padding
     """Shift and scale `x` to mean 0 and variance 1, counting only the steps that exist.
 
-    A constant has no scale to fix: it becomes 0 (or stays as it is with `shift_mean=False`); 1e-8 is added to the variance.
+    A constant becomes 0 (or stays as it is with `shift_mean=False`): 1e-8 is added to the variance.
     Raises `CourseError` for shapes that differ or values that are not finite under the mask.
     Source: Huang et al. (2024), implementation details of RLHF with PPO.
     """

@@ -271,12 +271,19 @@ def differences(
 
     def show(value):
         text = "nothing" if value is None else str(value)
-        return text if len(text) <= 40 else text[:37] + "..."
+        return text if len(text) <= 60 else "..." + text[-57:]
 
     old, new = flat(jsonable(old), ""), flat(jsonable(new), "")
-    return [f"{name}: {show(old.get(name))} in the folder, {show(new.get(name))} now"
-            for name in [*old, *(each for each in new if each not in old)]
-            if name not in skip and old.get(name) != new.get(name)]
+    lines = []
+    for name in dict.fromkeys([*old, *new]):
+        if name in skip or old.get(name) == new.get(name) or name.endswith(".name") and name.removesuffix("name") + "sha256" in {**old, **new}:
+            continue
+        if name.endswith(".sha256"): # the content differs; say whose
+            name, tail = name.removesuffix("sha256") + "name", ", with other content"
+        else:
+            tail = ""
+        lines.append(f"{name.removesuffix('.name')}: {show(old.get(name))} in the folder, {show(new.get(name))} now{tail}")
+    return lines
 
 
 def check_manifest(
@@ -379,7 +386,7 @@ def _entries(
         yield from ((f"{path}, entry {number}", row) for number, row in enumerate(rows, 1))
     elif kind == ".csv":
         csv.field_size_limit(MAX_LINE_BYTES)
-        reader = csv.DictReader(io.StringIO(text, newline=""))
+        reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
         try:
             for row in reader:
                 yield f"{path}, line {reader.line_num}", {key: value for key, value in row.items() if key is not None}

@@ -44,7 +44,7 @@ class Estimate:
                    float(row.get("level", .95)))
 
     def __format__(self, spec:str) -> str: # `f"{e:.1f}"` sets the digits of all three numbers
-        spec = spec or ".3f"
+        spec = spec or (".3f" if abs(self.value) < 1e6 else ".4g")
         def show(x): # without the sign of "-0.000"
             text = format(x, spec)
             return text.lstrip("-") if not text.strip("-0.%") else text
@@ -91,11 +91,14 @@ def _column(x, name:str, size:Optional[int]=None) -> np.ndarray: # One checked c
         raise CourseError(f"{name} must be a list or a one-dimensional array, got {type(x).__name__}. "
                           "Pass one entry for each value.") from problem
     except ValueError as problem:
-        raise CourseError(f"{name} must be one-dimensional, got rows of different lengths. Flatten it first.") from problem
+        raise CourseError(f"{name} must be one-dimensional, got rows of different lengths. "
+                          "Flatten it first.") from problem
     if x.ndim != 1:
-        raise CourseError(f"{name} must be one-dimensional, got shape {x.shape}. Flatten it and pass seeds and clusters.")
+        raise CourseError(f"{name} must be one-dimensional, got shape {x.shape}. "
+                          "Flatten it and pass seeds and clusters.")
     if size is not None and len(x) != size:
-        raise CourseError(f"{name} has {len(x)} entries but there are {size} values. Give one {name} entry for each value.")
+        raise CourseError(f"{name} has {len(x)} entries but there are {size} values. "
+                          f"Give one {name} entry for each value.")
     return x
 
 def _values(x, name:str="values") -> np.ndarray: # Finite floats, shape (N,), N >= 1
@@ -105,7 +108,8 @@ def _values(x, name:str="values") -> np.ndarray: # Finite floats, shape (N,), N 
     try:
         x = x.astype(float)
     except (TypeError, ValueError) as problem:
-        raise CourseError(f"{name} must be numbers, got for example {x[0]!r}. Turn them into floats first.") from problem
+        raise CourseError(f"{name} must be numbers, got for example {x[0]!r}. "
+                          "Turn them into floats first.") from problem
     if not np.isfinite(x).all():
         raise CourseError(f"{name} has {int((~np.isfinite(x)).sum())} entries that are NaN or infinite, the first at "
                           f"position {int(np.argmin(np.isfinite(x)))}. Find out why, or drop these prompts and say so.")
@@ -118,7 +122,7 @@ def _labels(x, name:str, size:int) -> np.ndarray: # Labels as integers 0..K-1, s
     return np.unique(x.astype(str) if x.dtype == object else x, return_inverse=True)[1].reshape(-1)
 
 # %% ../nbs/tools/stats.ipynb #b22e1ddc
-def _resampled_means(y, seed, cluster, n_boot, rng) -> tuple: # (n_boot,) means, (n_boot, S) means per seed, degrees of freedom
+def _resampled_means(y, seed, cluster, n_boot, rng) -> tuple: # Means (n_boot,), the same per seed (n_boot, S), d.o.f.
     n, S = cluster.max() + 1, seed.max() + 1
     sums, counts = np.zeros((n, S)), np.zeros((n, S))
     np.add.at(sums, (cluster, seed), y)
@@ -184,8 +188,11 @@ def estimate(
         known = False
     if math.isfinite(bounds[0]) and math.isfinite(bounds[1]):
         share = (value - bounds[0]) / (bounds[1] - bounds[0])
-        worth = 4 * share * (1 - share) * (z * (bounds[1] - bounds[0]) / (down + up))**2 if known else n
-        hidden = z**2 / (min(max(worth, n), len(y)) + z**2)             # Wilson bound of 0 of n
+        worth = n
+        if known and down + up > 0: worth = 4 * share * (1 - share) * (z * (bounds[1] - bounds[0]) / (down + up))**2
+        per_prompt = np.round(np.bincount(cluster, y) / np.bincount(cluster) / (bounds[1] - bounds[0]), 9)
+        common = np.unique(per_prompt, return_counts=True)[1].max() / n # 1 if all prompts give the same value
+        hidden = common * z**2 / (min(max(worth, n), len(y)) + z**2)    # Wilson bound of 0 of n
         down, up = math.hypot(down, hidden * (value - bounds[0])), math.hypot(up, hidden * (bounds[1] - value))
     elif not known:
         down = up = math.inf
@@ -199,7 +206,10 @@ def paired_difference(
     clusters=None, # Prompt id of each row, shape `(N,)`
     **options, # Further arguments of `estimate`
 ) -> Estimate: # Mean of `a - b`
-    """Mean of `a - b` with its interval; pass `(after, before)` for a change. Raises `CourseError` if the shapes differ."""
+    """Mean of `a - b` with its interval; pass `(after, before)` for a change.
+
+    Raises `CourseError` if the shapes differ.
+    """
     a, b = _values(a, "a"), _values(b, "b")
     if a.shape != b.shape:
         raise CourseError(f"a and b must be measured on the same rows, got {len(a)} and {len(b)} values. "
@@ -229,12 +239,13 @@ def equivalence(
     alpha:float=0.05, # Error rate of each of the two one-sided tests, in (0, 0.5)
     **options, # Further arguments of `estimate`; pass `bounds=(-1, 1)` for differences of rates
 ) -> tuple: # ("equivalent" | "different" | "inconclusive", `Estimate` at level 1 - 2 alpha)
-    """Two one-sided tests by interval: "equivalent" if it lies inside (-margin, margin), "different" if it lies outside.
+    """Two one-sided tests by interval: "equivalent" if inside (-margin, margin), "different" if outside.
 
     Raises `CourseError` for a margin that is not positive. Source: Schuirmann (1987).
     """
     if isinstance(margin, bool) or not isinstance(margin, (int, float, np.number)) or not 0 < margin < math.inf:
-        raise CourseError(f"margin must be a positive number, got {margin!r}. State the largest difference that does not matter.")
+        raise CourseError(f"margin must be a positive number, got {margin!r}. "
+                          "State the largest difference that does not matter.")
     if not isinstance(alpha, (int, float, np.number)) or not 0 < alpha < .5:
         raise CourseError(f"alpha must lie strictly between 0 and 0.5, got {alpha!r}. 0.05 is usual.")
     d = _values(differences, "differences")
@@ -255,13 +266,14 @@ class EstimateTable:
     def cells(self) -> list: # Strings, first the header; a missing estimate is "-"
         "All cells as text."
         head = [["", *map(str, self.columns)]]
-        return head + [[str(name), *(str(row[c]) if c in row else "-" for c in self.columns)] for name, row in self.rows.items()]
+        return head + [[str(name), *(str(row[c]) if c in row else "-" for c in self.columns)]
+                       for name, row in self.rows.items()]
 
     def __str__(self) -> str:
         cells = self.cells()
         widths = [max(map(len, column)) for column in zip(*cells)]
-        return "\n".join("  ".join(f"{c:<{w}}" if i == 0 else f"{c:>{w}}" for i, (c, w) in enumerate(zip(r, widths))).rstrip()
-                         for r in cells)
+        lines = ([f"{r[0]:<{widths[0]}}", *(f"{c:>{w}}" for c, w in zip(r[1:], widths[1:]))] for r in cells)
+        return "\n".join("  ".join(line).rstrip() for line in lines)
 
     __repr__ = __str__
 
@@ -269,7 +281,8 @@ class EstimateTable:
         (_, *head), *body = self.cells()
         cell = lambda tag, text, scope="": f"<{tag}{scope}>{html.escape(text)}</{tag}>"
         top = "<td></td>" + "".join(cell("th", h, ' scope="col"') for h in head)
-        rows = "".join("<tr>" + cell("th", r[0], ' scope="row"') + "".join(cell("td", c) for c in r[1:]) + "</tr>" for r in body)
+        rows = "".join("<tr>" + cell("th", name, ' scope="row"') + "".join(cell("td", c) for c in cells) + "</tr>"
+                       for name, *cells in body)
         return f"<table><thead><tr>{top}</tr></thead><tbody>{rows}</tbody></table>"
 
 def as_table(

@@ -12,7 +12,7 @@ LIMIT = 600  # seconds for one notebook; the budget of a chapter is 180 on a qui
 
 
 def run(name: str):
-    environment = dict(os.environ, OMP_NUM_THREADS="1", PYTHONWARNINGS="default")
+    environment = dict(os.environ, OMP_NUM_THREADS="1")
     return check_notebooks.run_nbdev("nbdev_test", ROOT, "--path", name, "--n_workers", "0", check=False, timeout=LIMIT, env=environment)
 
 

@@ -29,7 +29,8 @@ class Toy(nn.Module):
         mask = torch.arange(steps) < torch.randint(1, steps + 1, (rows,), generator=g)[:, None]
         rewards = torch.randn(rows, steps, generator=g).double()
         logprobs, values, _ = self(torch.arange(rows))
-        pad = lambda x: torch.cat([torch.where(mask, x.detach(), garbage), torch.full((rows, extra), garbage).double()], 1)
+        wide = torch.full((rows, extra), garbage).double()
+        pad = lambda x: torch.cat([torch.where(mask, x.detach(), garbage), wide], 1)
         self.extra, self.garbage = extra, garbage
         self.rollout = Rollout(pad(logprobs), pad(values), pad(rewards),
                                torch.cat([mask, torch.zeros(rows, extra, dtype=torch.bool)], 1))
@@ -38,8 +39,9 @@ class Toy(nn.Module):
         logits = self.policy[self.states[rows]].log_softmax(-1)
         out = (logits.gather(-1, self.actions[rows][..., None])[..., 0], self.critic[self.states[rows]],
                -(logits.exp() * logits).sum(-1))
-        extra = getattr(self, "extra", 0)
-        return tuple(torch.cat([x, torch.full((len(rows), extra), self.garbage).double()], 1) for x in out) if extra else out
+        if not getattr(self, "extra", 0): return out
+        wide = torch.full((len(rows), self.extra), self.garbage).double()
+        return tuple(torch.cat([x, wide], 1) for x in out)
 
     def sgd(self, lr=1.): return torch.optim.SGD(self.parameters(), lr=lr)
 
@@ -68,8 +70,8 @@ def test_policy_loss_by_hand(): assert_policy_loss_by_hand(policy_loss)
     lambda new, old, a, m, c: policy_loss(old, new, a, m, c),                       # ratio upside down
     lambda new, old, a, m, c: policy_loss(new, old, a, torch.ones_like(m), c),      # mask forgotten
     lambda new, old, a, m, c: policy_loss(new, old, a, m, None),                    # clipping forgotten
-    lambda new, old, a, m, c: -(torch.maximum((new - old).exp() * a, (new - old).exp().clamp(1 - c, 1 + c) * a) * m).sum() / m.sum(),
-    lambda new, old, a, m, c: -((new - old).exp().clamp(1 - c, 1 + c) * a * m).sum() / m.sum(),  # clipped without the minimum
+    lambda new, old, a, m, c: -(torch.maximum(new.exp() * a, new.exp().clamp(1 - c, 1 + c) * a) * m).sum() / m.sum(),
+    lambda new, old, a, m, c: -(new.exp().clamp(1 - c, 1 + c) * a * m).sum() / m.sum(),  # clipped without the minimum
 ], ids=["sign", "ratio", "mask", "no-clip", "max-for-min", "clip-only"])
 def test_policy_loss_by_hand_notices_bugs(broken):
     with pytest.raises(AssertionError): assert_policy_loss_by_hand(broken)
@@ -162,7 +164,8 @@ def test_gradient_norm_covers_policy_and_critic_in_every_minibatch():
         def step(self, *args):
             seen.append(torch.cat([p.grad.flatten() for p in toy.parameters()]).norm().item())
             return super().step(*args)
-    stats = ppo_update(toy, toy.rollout, Watched(toy.parameters(), lr=.1), PPOConfig(epochs=2, minibatch=4, max_grad_norm=.01))
+    config = PPOConfig(epochs=2, minibatch=4, max_grad_norm=.01)
+    stats = ppo_update(toy, toy.rollout, Watched(toy.parameters(), lr=.1), config)
     assert len(seen) == stats["steps"] == 6 and stats["grad_norm"] > .01
     assert all(norm <= .01 + 1e-9 for norm in seen) and max(seen) > .0099
 
@@ -174,7 +177,8 @@ def test_padding_never_changes_an_update(garbage):
     results = []
     for extra in (0, 4):
         toy = Toy(3, extra=extra, garbage=garbage)
-        stats = ppo_update(toy, toy.rollout, toy.sgd(.5), PPOConfig(epochs=3, minibatch=4, entropy_coef=.1), generator(7))
+        config = PPOConfig(epochs=3, minibatch=4, entropy_coef=.1)
+        stats = ppo_update(toy, toy.rollout, toy.sgd(.5), config, generator(7))
         assert all(math.isfinite(x) for x in stats.values())
         results.append((stats, torch.cat([p.detach().flatten() for p in toy.parameters()])))
     torch.testing.assert_close(results[0][1], results[1][1], atol=1e-12, rtol=0)
@@ -207,7 +211,8 @@ def test_early_stop_by_target_kl():
     config = PPOConfig(epochs=50, minibatch=5, max_grad_norm=None, clip=None)
     wild = ppo_update(toy, toy.rollout, toy.sgd(2.), config, generator(1))
     tame_toy = Toy(5)
-    tame = ppo_update(tame_toy, tame_toy.rollout, tame_toy.sgd(2.), dataclasses.replace(config, target_kl=.05), generator(1))
+    config = dataclasses.replace(config, target_kl=.05)
+    tame = ppo_update(tame_toy, tame_toy.rollout, tame_toy.sgd(2.), config, generator(1))
     assert wild["steps"] == 100 and not wild["stopped_early"]
     assert tame["steps"] < 100 and tame["stopped_early"] and tame["approx_kl"] <= .05 < wild["approx_kl"]
 
@@ -216,7 +221,8 @@ def test_same_seed_same_update_and_statistics_are_plain_numbers():
     runs = []
     for _ in range(2):
         toy = Toy(6)
-        runs.append((ppo_update(toy, toy.rollout, toy.sgd(.3), PPOConfig(minibatch=3), generator(5)), toy.policy.detach()))
+        stats = ppo_update(toy, toy.rollout, toy.sgd(.3), PPOConfig(minibatch=3), generator(5))
+        runs.append((stats, toy.policy.detach()))
     assert runs[0][0] == runs[1][0] and torch.equal(runs[0][1], runs[1][1])
     assert all(type(x) is float for x in runs[0][0].values())
     assert {"policy_loss", "value_loss", "entropy", "approx_kl", "clip_fraction", "ratio_max", "grad_norm",
@@ -234,7 +240,8 @@ def test_kl_is_never_negative_and_near_the_true_one():
 
 def test_half_precision_rollouts_are_widened():
     toy = Toy(7)
-    half = Rollout(*(getattr(toy.rollout, n).to(torch.bfloat16) for n in ("logprobs", "values", "rewards")), toy.rollout.mask)
+    narrow = [getattr(toy.rollout, name).to(torch.bfloat16) for name in ("logprobs", "values", "rewards")]
+    half = Rollout(*narrow, toy.rollout.mask)
     assert half.check().logprobs.dtype == torch.float32
     assert math.isfinite(ppo_update(toy, half, toy.sgd(.1), PPOConfig(epochs=1))["loss"])
 
@@ -298,8 +305,9 @@ def test_log_probs_of_another_policy_are_warned_about():  # the mark of dropout 
         assert ppo_update(shaky, toy.rollout, toy.sgd(0.), PPOConfig())["first_log_ratio"] == pytest.approx(.5)
 
 
-@pytest.mark.parametrize("field,value", [("clip", 0.), ("clip", -.2), ("value_clip", -1.), ("value_coef", -.5), ("entropy_coef", -.1),
-    ("epochs", 0), ("epochs", 1.5), ("minibatch", 0), ("gamma", 1.1), ("lam", -.1), ("max_grad_norm", 0.), ("target_kl", 0.)])
+@pytest.mark.parametrize("field,value", [
+    ("clip", 0.), ("clip", -.2), ("value_clip", -1.), ("value_coef", -.5), ("entropy_coef", -.1), ("epochs", 0),
+    ("epochs", 1.5), ("minibatch", 0), ("gamma", 1.1), ("lam", -.1), ("max_grad_norm", 0.), ("target_kl", 0.)])
 def test_config_refuses_values_out_of_range(field, value):
     with pytest.raises(CourseError, match=f"PPOConfig {field} is {value}"): PPOConfig(**{field: value})
 

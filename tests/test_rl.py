@@ -84,7 +84,7 @@ def test_gae_with_exact_values_has_mean_zero_errors_and_bootstrap_continues_an_e
     cut, _ = gae(rewards[:, :5], values[:, :5], None, .9, 0., bootstrap=values[:, 5])
     torch.testing.assert_close(cut, gae(rewards, values, None, .9, 0.)[0][:, :5])
     assert not torch.allclose(whole[:, :5], cut)
-    forever = torch.full((1, 400), 1.).double()  # reward 1 forever: V = 1 / (1 - gamma), so there is no surprise anywhere
+    forever = torch.full((1, 400), 1.).double()  # reward 1 forever: V = 1 / (1 - gamma), no surprise anywhere
     v = torch.full((1, 400), 10.).double()
     assert gae(forever, v, None, .9, .9, bootstrap=v[:, 0])[0].abs().max() < 1e-9
 
@@ -106,7 +106,9 @@ def test_padding_never_matters(garbage):
 
 def test_integer_and_float_masks_equal_boolean_ones():
     rewards, values, mask = ragged(6)
-    for other in (mask.long(), mask.float()): torch.testing.assert_close(gae(rewards, values, other, .9, .8), gae(rewards, values, mask, .9, .8))
+    expected = gae(rewards, values, mask, .9, .8)
+    for other in (mask.long(), mask.float()):
+        torch.testing.assert_close(gae(rewards, values, other, .9, .8), expected)
 
 
 def test_whiten_counts_the_mask_only():
@@ -193,7 +195,7 @@ def test_flipped_sign_is_noticed():
     (lambda: returns(torch.zeros(1, 2, dtype=torch.long), 1.), "floating point"),
     (lambda: masked_mean(torch.zeros(1, 2), torch.zeros(1, 2)), "without a single 1"),
     (lambda: whiten(torch.zeros(2, 2), torch.zeros(2, 2)), "without a single 1"),
-    (lambda: Corridor().sample(torch.tensor([[0., 50.], [50., 0.]] * 2 + [[0., 50.]]), 2, max_steps=50), "had not ended"),
+    (lambda: Corridor(cells=1001).sample(torch.zeros(1001, 2), 2, max_steps=50), "had not ended"),
 ])
 def test_errors_name_what_was_found(call, message):
     with pytest.raises(CourseError, match=message): call()

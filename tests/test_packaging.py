@@ -1,0 +1,262 @@
+"""The wheel holds the library and its data, nothing else; Makefile, hook and README do what they say."""
+import configparser
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+import urllib.request
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import check_notebooks
+from conftest import ROOT
+
+BUILD_INPUTS = ("cai_course", "data", "constitutions", "settings.ini", "setup.py", "pyproject.toml", "README.md", "LICENSE", "MANIFEST.in",
+                "constraints.txt")
+LIMIT = 25 * 1024 * 1024  # bytes
+MAKE = shutil.which("make")
+
+
+def shipped(source: Path, name: str) -> set[str]:
+    """Files below one of the data folders, as the wheel should name them."""
+    return {"cai_course/_assets/" + p.relative_to(source).as_posix() for p in (source / name).rglob("*")
+            if p.is_file() and not any(part.startswith((".", "__pycache__")) for part in p.relative_to(source).parts)}
+
+
+def copy_inputs(folder: Path) -> Path:
+    folder.mkdir()
+    for name in BUILD_INPUTS:
+        if (ROOT / name).is_dir():
+            shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copyfile(ROOT / name, folder / name)
+    return folder
+
+
+def build(source: Path, kind: str, target: Path) -> Path:
+    done = subprocess.run([sys.executable, "-m", "build", f"--{kind}", "--no-isolation", "--outdir", str(target), str(source)],
+                          capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (result,) = target.iterdir()
+    return result
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    return copy_inputs(tmp_path_factory.mktemp("build") / "source")
+
+
+@pytest.fixture(scope="module")
+def wheel(source, tmp_path_factory):
+    return build(source, "wheel", tmp_path_factory.mktemp("wheel"))
+
+
+def test_the_wheel_holds_the_library_and_its_data_and_nothing_else(wheel, source):
+    with zipfile.ZipFile(wheel) as archive:
+        names = set(archive.namelist())
+    modules = {"cai_course/" + p.name for p in (source / "cai_course").glob("*.py")}
+    wanted = modules | shipped(source, "data") | shipped(source, "constitutions")
+    assert {name for name in names if ".dist-info/" not in name} == wanted
+    assert any(name.endswith(".dist-info/licenses/LICENSE") for name in names)
+
+
+def test_the_wheel_is_small(wheel):
+    assert wheel.stat().st_size < LIMIT
+
+
+def test_the_wheel_states_requirements_script_and_license(wheel):
+    with zipfile.ZipFile(wheel) as archive:
+        (info,) = {name.split("/")[0] for name in archive.namelist() if ".dist-info/" in name}
+        metadata = archive.read(f"{info}/METADATA").decode()
+        entry_points = archive.read(f"{info}/entry_points.txt").decode()
+    parser = configparser.ConfigParser(delimiters=["="])
+    parser.read(ROOT / "settings.ini", encoding="utf-8")
+    config = parser["DEFAULT"]
+    assert metadata.count("Requires-Dist: ") == len((config["requirements"] + " " + config["dev_requirements"]).split())
+    assert "Requires-Python: >=" + config["min_python"] in metadata and "License-Expression: Apache-2.0" in metadata
+    assert "cai-course = cai_course.cli:main" in entry_points and "cai_course = cai_course._modidx:d" in entry_points
+
+
+def test_an_unpacked_wheel_finds_its_own_data(wheel, tmp_path):
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path)
+    program = ("from cai_course.paths import data_dir, constitutions_dir\n"
+               "print(data_dir(), constitutions_dir(), sep='\\n')")
+    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True,
+                          env=dict(os.environ, PYTHONPATH=str(tmp_path)))
+    assert done.stdout.split() == [str(tmp_path.resolve() / "cai_course" / "_assets" / name) for name in ("data", "constitutions")], done.stderr
+
+
+def test_a_wheel_from_the_source_archive_is_the_same(wheel, source, tmp_path):
+    archive = build(source, "sdist", tmp_path / "out")
+    shutil.unpack_archive(archive, tmp_path / "unpacked", filter="data")
+    (folder,) = (tmp_path / "unpacked").iterdir()
+    again = build(folder, "wheel", tmp_path / "again")
+    with zipfile.ZipFile(wheel) as first, zipfile.ZipFile(again) as second:
+        contents = [{name: archive.read(name) for name in archive.namelist() if ".dist-info/" not in name} for archive in (first, second)]
+    assert contents[0] == contents[1]
+
+
+# --- make ---
+
+needs_make = pytest.mark.skipif(MAKE is None, reason="the program make is not installed")
+
+
+def environment_is_current() -> bool:
+    return make("--question", "venv").returncode == 0
+
+
+def make(*arguments: str, cwd: Path = ROOT, **options) -> subprocess.CompletedProcess:
+    return subprocess.run([MAKE, "--no-print-directory", *arguments], cwd=cwd, capture_output=True, text=True, **options)
+
+
+@needs_make
+def test_make_alone_lists_every_target():
+    listed = set(re.findall(r"^  make (\w+) ", make().stdout, re.M))
+    (phony,) = re.findall(r"^\.PHONY: (.*)$", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M)
+    assert listed == set(phony.split())
+
+
+@needs_make
+def test_an_old_python_is_refused_with_what_to_do(tmp_path):
+    checkout = copy_inputs(tmp_path / "course")
+    shutil.copyfile(ROOT / "Makefile", checkout / "Makefile")
+    old = tmp_path / "oldpython"
+    old.write_text("#!/bin/sh\n[ \"$1\" = --version ] && echo Python 3.8.18 && exit 0\nexit 1\n")
+    old.chmod(0o755)
+    for python, found in ((old, "Python 3.8.18"), (tmp_path / "nowhere", "is missing;")):
+        done = make("align", f"PYTHON={python}", cwd=checkout)
+        assert done.returncode != 0 and found in done.stderr
+        assert "needs Python 3.11 or newer" in done.stderr and "make PYTHON=" in done.stderr
+    assert not (checkout / ".venv").exists()
+
+
+@needs_make
+def test_docs_without_quarto_say_what_to_install(tmp_path):
+    checkout = copy_inputs(tmp_path / "course")
+    shutil.copyfile(ROOT / "Makefile", checkout / "Makefile")
+    programs = tmp_path / "programs"  # a PATH without quarto
+    programs.mkdir()
+    for name in ("bash", "cksum", "cut", "make"):
+        (programs / name).symlink_to(shutil.which(name))
+    done = make("docs", cwd=checkout, env={"PATH": str(programs)})
+    assert done.returncode != 0 and "quarto was not found on PATH" in done.stderr
+
+
+@needs_make
+def test_a_current_environment_is_reused_at_once(tmp_path):
+    """With its stamp in place make goes straight to work; with an older stamp it would install first."""
+    checkout = copy_inputs(tmp_path / "course")
+    shutil.copyfile(ROOT / "Makefile", checkout / "Makefile")
+    (checkout / ".venv" / "bin").mkdir(parents=True)
+    script = checkout / ".venv" / "bin" / "cai-course"
+    script.write_text("#!/bin/sh\necho aligned \"$@\"\n")
+    script.chmod(0o755)
+    number = subprocess.run("pwd -P | cksum | cut -d' ' -f1", shell=True, cwd=checkout, capture_output=True, text=True).stdout.strip()
+    stamp = checkout / ".venv" / f".installed-{number}"
+    stamp.touch()
+    done = make("align", "ARGS=--name a", cwd=checkout)
+    assert done.stdout == "aligned align --name a\n", done.stderr
+    os.utime(stamp, (1, 1))
+    assert "Installing the course" in make("--dry-run", "align", cwd=checkout).stdout
+    stamp.unlink()
+    assert "Installing the course" in make("--dry-run", "align", cwd=checkout).stdout
+
+
+# --- the docs, JupyterLab, the hook, the README ---
+
+@pytest.mark.slow
+def test_the_docs_can_be_prepared(tmp_path):
+    """Everything that `make docs` does before it calls Quarto: imports and exported cells run, signatures are drawn."""
+    copy = tmp_path / "course"
+    shutil.copytree(ROOT / "nbs", copy / "nbs", ignore=shutil.ignore_patterns(".ipynb_checkpoints", "runs", "work"))
+    for name in ("settings.ini", "_quarto.yml", "cai_course/__init__.py", "cai_course/_modidx.py"):
+        (copy / name).parent.mkdir(exist_ok=True)
+        shutil.copyfile(ROOT / name, copy / name)
+    done = subprocess.run([sys.executable, "-c", "from nbdev.serve import proc_nbs; proc_nbs(n_workers=1)"], cwd=copy, capture_output=True,
+                          text=True, env=dict(os.environ, PYTHONSAFEPATH="1"))
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "Failed to create YAML" not in done.stderr, "a list with `key: value` in a title cell is read as front matter:\n" + done.stderr[:500]
+    prepared = {p.relative_to(copy / "_proc") for p in (copy / "_proc").rglob("*.ipynb")}
+    assert prepared == {p.relative_to(ROOT / "nbs") for p in check_notebooks.notebooks(ROOT)}
+
+@pytest.mark.slow
+@needs_make
+def test_lab_opens_on_the_first_page(tmp_path):
+    if not environment_is_current():
+        pytest.skip("make would install first: run make venv, then this test again")
+    with open(tmp_path / "log", "w+") as log:
+        server = subprocess.Popen(
+            [MAKE, "--no-print-directory", "lab",
+             "ARGS=--no-browser --port=0 --allow-root --ServerApp.ip=127.0.0.1 --IdentityProvider.token=secret"],
+            cwd=ROOT, stdout=log, stderr=log, env=dict(os.environ, JUPYTER_RUNTIME_DIR=str(tmp_path), JUPYTER_CONFIG_DIR=str(tmp_path)),
+            start_new_session=True)
+        try:
+            base = None
+            for _ in range(240):
+                text = (tmp_path / "log").read_text()
+                match = re.search(r"(http://127\.0\.0\.1:[1-9]\d*/lab/tree/nbs/index\.ipynb)", text)
+                if match or server.poll() is not None:
+                    base = match and match[1]
+                    break
+                time.sleep(0.25)
+            assert base, text
+            server_url = base.split("/lab/")[0]
+            page = urllib.request.urlopen(f"{base}?token=secret", timeout=20).read().decode()
+            assert "jupyter-config-data" in page
+            found = urllib.request.urlopen(f"{server_url}/api/contents/nbs/index.ipynb?content=0&token=secret", timeout=20).read().decode()
+            assert '"path": "nbs/index.ipynb"' in found
+        finally:
+            os.killpg(server.pid, 15)
+            server.wait(timeout=20)
+
+
+@pytest.mark.skipif(shutil.which("git") is None, reason="git is not installed")
+@pytest.mark.skipif(not (ROOT / ".venv/bin/python").exists(), reason="the hook uses .venv, which make creates")
+def test_the_hook_judges_what_would_be_committed(tmp_path):
+    copy = tmp_path / "copy"
+    for name in ("tools", ".githooks"):
+        shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("settings.ini", "nbs/tools/errors.ipynb", "cai_course/__init__.py"):  # one notebook is enough
+        (copy / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(ROOT / name, copy / name)
+    (copy / ".venv").symlink_to(ROOT / ".venv")
+    (copy / ".gitignore").write_text(".venv\n__pycache__/\n")
+    quiet = dict(cwd=copy, check=True, capture_output=True)
+    check_notebooks.run_nbdev("nbdev_export", copy)
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("GIT_")}
+    environment.update(GIT_CONFIG_GLOBAL=os.devnull, GIT_AUTHOR_NAME="a", GIT_AUTHOR_EMAIL="a@example.org", GIT_COMMITTER_NAME="a",
+                       GIT_COMMITTER_EMAIL="a@example.org")
+    quiet["env"] = environment
+    subprocess.run(["git", "init", "-q"], **quiet)
+    subprocess.run(["git", "config", "core.hooksPath", ".githooks"], **quiet)
+    subprocess.run(["git", "add", "-A"], **quiet)
+    commit = dict(cwd=copy, capture_output=True, text=True, env=environment)
+    first = subprocess.run(["git", "commit", "-qm", "clean"], **commit)
+    assert first.returncode == 0, first.stdout + first.stderr
+    module = copy / "cai_course" / "errors.py"
+    good = module.read_text(encoding="utf-8")
+    module.write_text(good + "\nx = 1\n", encoding="utf-8")
+    subprocess.run(["git", "add", "-A"], **quiet)
+    module.write_text(good, encoding="utf-8")  # mended in the folder, but not in what would be committed
+    second = subprocess.run(["git", "commit", "-qm", "drifted"], **commit)
+    assert second.returncode != 0 and "cai_course/errors.py (from nbs/tools/errors.ipynb): it differs" in second.stdout + second.stderr
+
+
+@pytest.mark.slow
+def test_the_library_lines_of_the_readme_run(tmp_path):
+    (program,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.S)
+    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, env=dict(os.environ, HF_HUB_OFFLINE="1"))
+    assert done.returncode == 0, done.stderr
+    assert "Verdict(" in done.stdout
+
+
+def test_the_readme_is_short_and_leads_with_the_main_command():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert len(text.splitlines()) < 150
+    commands = re.findall(r"^make (align|test|lab)\b", text, re.M)
+    assert commands[:3] == ["align", "test", "lab"] or commands[:2] == ["align", "test"]
