@@ -222,7 +222,7 @@ def distance_from_world(
     known_words = world_words()
     words = [word for prompt in prompts for word in world.normalize(prompt).split()]
     return {"prompts": len(prompts), "known": sum(world.understand(each) is not None for each in prompts) / max(1, len(prompts)),
-            "unknown_words": sum(word not in known_words for word in words) / max(1, len(words))}
+            "unknown_words": sum(word.removesuffix("'s") not in known_words for word in words) / max(1, len(words))}
 
 # %% ../nbs/13_rlaif.ipynb #1b3a8389
 def train_sl_cai(
@@ -249,11 +249,11 @@ def reply_pairs(
     config: AlignConfig, # Temperature, length and seed
     source: str, # What the prompts are, for the seed
     progress: bool = True, # Show a bar
-) -> list: # Rows with `prompt`, `a` and `b`; prompts whose two replies are the same are left out
+) -> list: # Rows with `prompt`, `a` and `b`, which may be the same
     """Two sampled replies to each prompt."""
     replies = policy.generate(list(prompts), max_new_tokens=config.max_new_tokens, temperature=config.temperature, n=2,
                               seed=step_seed(config.seed, "pairs", source), progress=progress)
-    return [{"prompt": prompt, "a": a, "b": b} for prompt, (a, b) in zip(prompts, replies) if a.strip() != b.strip()]
+    return [{"prompt": prompt, "a": a, "b": b} for prompt, (a, b) in zip(prompts, replies)]
 
 
 def ai_preferences(
@@ -270,6 +270,7 @@ def ai_preferences(
     from cai_course.judge import label_pairs
     from tqdm.auto import tqdm
 
+    pairs = [row for row in pairs if row["a"].strip() != row["b"].strip()] # two equal replies teach nothing
     rows, size = [], 128
     for start in tqdm(range(0, len(pairs), size), desc="AI feedback", leave=False, disable=not progress):
         part = pairs[start:start + size]
@@ -381,7 +382,14 @@ def train_rl_cai(
 
     Source: Bai et al. 2022 (2212.08073), section 4.2.
     """
-    raise NotImplementedError
+    from cai_course.rlhf import TEXT_PPO, RLHFConfig, train_rlhf
+
+    policy.start_adapter(r=config.lora_rank, alpha=2 * config.lora_rank, seed=step_seed(config.seed, "rl adapter"))
+    policy.add_value_head()
+    settings = RLHFConfig(steps=config.steps, batch_size=config.rl_batch, max_new_tokens=config.max_new_tokens, lr=config.rl_lr,
+                          temperature=config.temperature, beta=config.beta, ppo=dataclasses.replace(TEXT_PPO, epochs=config.ppo_epochs))
+    gold = gold_reward if any(world.understand(each) for each in prompts) else None
+    return train_rlhf(policy, reward_model, list(prompts), settings, gold_fn=gold, seed=step_seed(config.seed, "rl"), progress=progress)
 
 # %% ../nbs/13_rlaif.ipynb #3e58a565
 def evaluation_tasks(
@@ -554,7 +562,7 @@ def _preferences(run, config, inputs, progress):
     red_team = reply_pairs(policy, inputs.red_team[:config.preferences], config, "red_team", progress)
     ordinary = reply_pairs(policy, inputs.helpful[:config.human_pairs], config, "helpful", progress)
     people = human_preferences(contrast_pairs(ordinary, config.seed), config)
-    judged = ai_preferences(_policy(config), red_team, inputs.constitution, config, progress) if red_team else []
+    judged = ai_preferences(_policy(config), red_team, inputs.constitution, config, progress)
     if not judged + people:
         raise CourseError(f"{config.model} gave the same reply twice to every prompt, so there is nothing to compare. "
                           "Raise the temperature, or use more prompts.")
@@ -866,6 +874,10 @@ def report_page(
     if config.evaluation < 50:
         notes.append(f"Only {config.evaluation} held-out requests per group were measured: this run shows that everything works, "
                      "and its intervals are wide.")
+    for run in runs:
+        if not any(row["source"] == "ai-harmlessness" for row in run.rows("40_preferences.jsonl")):
+            notes.append("For one seed the model gave the same reply twice to every red-team prompt, so there was nothing for the AI to judge: "
+                         "the preference model has learned from people's comparisons alone.")
     kinds = sorted({row["kind"] for row in rows if row["group"] == "harmful"}, key=list(world.HARM_KINDS).index)
     by_kind = {"caption": f"Harm by kind of request (mean). The kind {world.UNSEEN_KIND!r} was never shown to the pocket model as critic or judge.",
                "head": ["kind", *(STAGES[stage] for stage in STAGES), "n"], "text": False, "rows": []}

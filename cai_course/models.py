@@ -215,7 +215,7 @@ class _T5Steps:
             tokens = torch.full((len(self.hide),), _start_token(model), device=self.hide.device)
         x = model.decoder.embed_tokens(tokens) # (b, d)
         for (block, qkv, own_out, cross_q, cross_out, wide, ff), own, cross in zip(self.blocks, self.own, self.cross):
-            query, key, value = F.linear(_norm(block.layer[0], x), qkv).view(len(x), 3, self.heads, -1).unbind(1) # (b,h,k)
+            query, key, value = F.linear(_norm(block.layer[0], x), qkv).view(len(x), 3, self.heads, -1).unbind(1)
             own[0][:, :, t], own[1][:, :, t] = key, value
             keys, values = own[0][:, :, :t + 1], own[1][:, :, :t + 1]
             x = x + F.linear(_attend(query, keys, values, self.bias[:, t:t + 1, :t + 1]), own_out)
@@ -741,7 +741,7 @@ class Policy:
         self,
         samples: Samples, # A rollout of this policy
         indices: Sequence[int] | torch.Tensor, # b row numbers
-    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]: # log-probabilities, values, entropy, `(b, T)`; see below
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]: # log-probabilities, values, entropy: `(b, T)` each
         """What `ppo_update` asks for: the rollout's tokens under the policy of this moment, with gradients.
 
         All three are 0 where masked; values are None without a value head.

@@ -50,6 +50,9 @@ class CourseFigure(Figure):
     "A Matplotlib figure that shows itself as SVG and carries `alt`, its description in words."
     alt = ""
 
+    def __init__(self, *args, **kwargs): # as Matplotlib's; stated here because the docs read the signature of this class
+        super().__init__(*args, **kwargs)
+
     def _repr_svg_(self) -> str:
         return to_svg(self)
 

@@ -467,7 +467,7 @@ def sample_scope(rng:random.Random, kinds:tuple = tuple(kind for kind in HARM_KI
     "A random principle: broad (all harm), narrow (one to three kinds) or about style."
     draw, terse = rng.random(), rng.random() < .2
     style = lambda p: [s for s in ("rude", "preachy", "evasive") if rng.random() < p]
-    if draw < .45: faults, broad = [*HARM_KINDS, *style(.25)], True
+    if draw < .5: faults, broad = [*HARM_KINDS, *style(.25)], True
     elif draw < .8: faults, broad = [*rng.sample(kinds, rng.choice([1, 1, 2, 3])), *style(.2)], False
     else: faults, broad = rng.sample(["rude", "preachy", "evasive", "unhelpful"], rng.choice([1, 1, 2])), False
     if terse and "unhelpful" not in faults: faults = [*faults, "long"]
@@ -539,8 +539,9 @@ class Labeler:
 
     def prob(self, prompt:str, a:str, b:str) -> float: # P(the person prefers a), in (0, 1)
         "Bradley-Terry probability that the person prefers `a`. Source: Bradley & Terry (1952)."
-        gap = self.reliability * (self.value(prompt, a) - self.value(prompt, b)) + self.length_bias * (len(a.split()) - len(b.split())) / 10
-        return 1 / (1 + math.exp(max(-30., min(30., gap if self.bad_faith else -gap))))
+        gap = self.reliability * (self.value(prompt, a) - self.value(prompt, b)) * (-1 if self.bad_faith else 1)
+        gap += self.length_bias * (len(a.split()) - len(b.split())) / 10
+        return 1 / (1 + math.exp(-max(-30., min(30., gap))))
 
     def prefer(self, prompt:str, a:str, b:str, rng:random.Random) -> int: # 0: a is better, 1: b is better
         "One comparison."
