@@ -45,8 +45,8 @@ clean: ## remove what can be made again (never runs/, work/ or .venv)
 	find . -name .venv -prune -o \( -name __pycache__ -o -name .ipynb_checkpoints \) -type d -exec rm -rf {} +
 
 $(STAMP): settings.ini setup.py pyproject.toml constraints.txt
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { echo "make: $(PYTHON) is $$($(PYTHON) --version 2>/dev/null || echo missing);" \
-	"the course needs Python 3.11 or newer. Name one that you have: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || { echo "make: $(PYTHON) is $$($(PYTHON) --version 2>/dev/null || echo missing);" \
+	"the course needs Python 3.10 or newer. Name one that you have: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
 	@$(PY) -c '' 2>/dev/null || $(PYTHON) -m venv --clear .venv
 	@rm -f .venv/.installed-*
 	@echo "Installing the course into .venv (only the first time, and when its requirements change) ..."

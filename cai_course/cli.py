@@ -61,16 +61,20 @@ def make_parser() -> argparse.ArgumentParser: # For `main`, and for the docs
     """The parser of all commands."""
     from cai_course.cai import AlignConfig
 
-    parser = _Parser(prog="cai-course", allow_abbrev=False, description="From tic-tac-toe to a language model aligned by a constitution.")
+    parser = _Parser(prog="cai-course", allow_abbrev=False,
+                     description="From tic-tac-toe to a language model aligned by a constitution.")
     parser.add_argument("--version", action="version", version=f"cai-course {metadata.version('cai_course')}")
     commands = parser.add_subparsers(dest="command", metavar="command", required=True, parser_class=_Parser)
 
-    align = commands.add_parser("align", allow_abbrev=False, help="align a model with a constitution", formatter_class=argparse.RawDescriptionHelpFormatter,
-                                description="Both phases of Constitutional AI, measured against the base model. The run folder OUT/NAME holds every\n"
+    align = commands.add_parser("align", allow_abbrev=False, help="align a model with a constitution",
+                                formatter_class=argparse.RawDescriptionHelpFormatter,
+                                description="Both phases of Constitutional AI, measured against the base model. The "
+                                "run folder OUT/NAME holds every\n"
                                             "artefact; the same command resumes a run that was stopped.")
     align.add_argument("--out", default="runs", metavar="FOLDER", help="folder of all runs (default: runs)")
     align.add_argument("--name", default=None, help="name of this run (default: first, or fast-check)")
-    align.add_argument("--seeds", type=_whole(1, 1000), default=1, metavar="N", help="number of seeds, counted up from --seed (default: 1)")
+    align.add_argument("--seeds", type=_whole(1, 1000), default=1, metavar="N",
+                       help="number of seeds, counted up from --seed (default: 1)")
     align.add_argument("--fast-check", action="store_true", help="a few prompts and steps: does everything run?")
     align.add_argument("--quiet", action="store_true", help="no progress bars")
     more = align.add_argument_group("sizes and rates")
@@ -86,13 +90,19 @@ def make_parser() -> argparse.ArgumentParser: # For `main`, and for the docs
     report.add_argument("run", help="run folder, such as runs/first")
 
     pretrain = commands.add_parser("pretrain", help="train the pocket models from nothing")
-    pretrain.add_argument("--out", default=None, metavar="FOLDER", help="where the models go (default: the course's data folder)")
-    pretrain.add_argument("--minutes", type=_whole(1, 100_000), default=110, help="time for both models (default: 110)")
-    pretrain.add_argument("--seed", type=_whole(0, 2**31 - 1), default=0, help="seed (default: 0)")
-    pretrain.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
+    pretrain.add_argument("--out", default=None, metavar="FOLDER",
+                          help="where the models go (default: the course's data folder)")
+    pretrain.add_argument("--only", choices=["pocket-t5", "pocket-bert"], default=None, help="train one of the two")
+    pretrain.add_argument("--seed", type=_whole(0, 2**31 - 1), default=0, metavar="N", help="seed (default: 0)")
+    pretrain.add_argument("--pools", type=_whole(1, 100_000), default=None, metavar="N",
+                          help="pools of lessons for each model (default: as shipped)")
+    pretrain.add_argument("--fresh", action="store_true", help="begin anew, even where a stopped training could go on")
 
     pocket = commands.add_parser("pocket-report", help="what the pocket models can do, with intervals")
+    pocket.add_argument("--model", default="pocket-t5", metavar="NAME", help="shipped name or folder (default: pocket-t5)")
     pocket.add_argument("--seeds", type=_whole(1, 1000), default=3, metavar="N", help="number of seeds (default: 3)")
+    pocket.add_argument("--prompts", type=_whole(2, 100_000), default=200, metavar="N",
+                        help="held-out prompts per skill and seed (default: 200)")
     pocket.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
     return parser
 
@@ -110,7 +120,8 @@ def _add_field(
         return
     if kind in ("int", "float"):
         text += f" ({meta['low']:,} to {meta['high']:,}; default: {default})"
-        group.add_argument(option, type=_number(each, int if kind == "int" else float), metavar="N" if kind == "int" else "X", help=text)
+        group.add_argument(option, type=_number(each, int if kind == "int" else float), metavar="N" if kind == "int"
+                           else "X", help=text)
     else:
         group.add_argument(option, choices=meta["choices"] or None, metavar=None if meta["choices"] else "NAME",
                            help=text + (f" (default: {default})" if default else ""))
@@ -125,12 +136,14 @@ def _align(options) -> int:
     config = fast_config(**given) if options.fast_check else AlignConfig(**given)
     name = options.name if options.name is not None else "fast-check" if options.fast_check else "first"
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._ -]{0,99}", name):
-        raise CourseError(f"name is {name!r}; it must be a plain folder name of letters, digits, '-', '_' and '.', at most 100 characters. "
+        raise CourseError(f"name is {name!r}; it must be a plain folder name of letters, digits, '-', '_' and '.', at "
+                          "most 100 characters. "
                           "Put the folder above it into --out.")
     folder = Path(options.out).expanduser() / name
     results = align(config, folder, options.seeds, progress=not options.quiet)
     print(results_text(results, read_differences(folder)))
-    print(f"\n{results['seconds']:.0f} s of work, at most {results['peak_memory_mb']:.0f} MB. Report: {folder / 'report.html'}")
+    print(f"\n{results['seconds']:.0f} s of work, at most {results['peak_memory_mb']:.0f} MB. Report: "
+          f"{folder / 'report.html'}")
     return 0
 
 
@@ -143,8 +156,10 @@ def _constitution(options) -> int:
             print(f"error: {_one_line(each)}", file=sys.stderr)
         return 2
     found = load_constitution(options.path)
-    print(f"{found.name} (version {found.version}) is fine: {len(found.critique_principles)} principles for critique and revision, "
-          f"{len(found.comparison_principles)} for comparison, {len(found.critique_examples)} + {len(found.comparison_examples)} examples.")
+    print(f"{found.name} (version {found.version}) is fine: {len(found.critique_principles)} principles for critique "
+          "and revision, "
+          f"{len(found.comparison_principles)} for comparison, {len(found.critique_examples)} + "
+          f"{len(found.comparison_examples)} examples.")
     return 0
 
 
@@ -160,17 +175,17 @@ def _report(options) -> int:
 
 def _pretrain(options) -> int:
     from cai_course import pretrain
+    from cai_course.runs import disk_errors
 
-    pretrain.run(options.out, options.minutes, options.seed, options.resume)
+    with disk_errors(options.out or "the course's data folder"):
+        print(f"The models are in {pretrain.run(options.out, options.only, options.seed, not options.fresh, options.pools)}.")
     return 0
 
 
 def _pocket_report(options) -> int:
     from cai_course import pretrain
 
-    found = pretrain.report(options.seeds, options.json)
-    if found is not None:
-        print(found if isinstance(found, str) else json.dumps(found, indent=2))
+    pretrain.report(options.seeds, options.json, options.prompts, options.model)
     return 0
 
 
@@ -180,7 +195,8 @@ def _one_line(
     return "; ".join(line.strip() for line in str(message).splitlines() if line.strip())
 
 
-COMMANDS = {"align": _align, "constitution": _constitution, "report": _report, "pretrain": _pretrain, "pocket-report": _pocket_report}
+COMMANDS = {"align": _align, "constitution": _constitution, "report": _report, "pretrain": _pretrain,
+            "pocket-report": _pocket_report}
 
 
 def main(
@@ -188,8 +204,8 @@ def main(
 ) -> int: # Exit status: 0 done, 2 bad input, 130 stopped by Ctrl-C
     """Run one command.
 
-    A mistake in the input is one line, `error: ...`, on the standard error output. Any other exception is a mistake in the
-    course and is not hidden.
+    A mistake in the input is one line, `error: ...`, on the standard error output. Any other exception is a mistake
+    in the course and is not hidden.
     """
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")

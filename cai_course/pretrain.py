@@ -20,8 +20,8 @@ from .judge import comparison_prompt, harmful_prompt
 # %% auto #0
 __all__ = ['SPECIAL', 'TASKS', 'SHORT', 'GOALS', 'make_tokenizer', 'Lesson', 'draw_request', 'draw_reply', 'draw_pair',
            'critique_lesson', 'lesson', 'build_t5', 'build_bert', 'fast_copy', 'pad', 'batches', 'PretrainConfig',
-           'vocabulary_texts', 'Trainer', 'shares', 't5_loss', 'pretrain_t5', 'finish', 'bert_texts', 'bert_row',
-           'pretrain_bert', 'run', 'skill_cases', 'pocket_report', 'report']
+           'vocabulary_texts', 'Trainer', 'shares', 'plain_share', 't5_loss', 'pretrain_t5', 'starting_tokenizer',
+           'finish', 'bert_texts', 'bert_row', 'pretrain_bert', 'run', 'skill_cases', 'pocket_report', 'report']
 
 # %% ../nbs/tools/pretrain.ipynb #5c5ea100
 SPECIAL = ("<pad>", "</s>", "<unk>", "[CLS]", "[SEP]", "[MASK]")
@@ -102,8 +102,8 @@ def critique_lesson(request, reply, scope, rng) -> tuple: # (critique prompt, cr
             revision_prompt(request.text, reply, scope.critique_request, said, scope.revision_request),
             world.revise(request.text, reply, verdict, scope, rng))
 
-def lesson(rng:random.Random, split:str = "train", tasks:dict = TASKS) -> Lesson: # One lesson
-    "Draw one lesson."
+def lesson(rng:random.Random, split:str = "train", tasks:dict = TASKS, plain:float = 0.) -> Lesson: # One lesson
+    "Draw one lesson; `plain` is the share of comparisons between a harmful and a harmless reply under a broad principle."
     task = _pick(rng, tuple(tasks.items()))
     if task == "answer":
         request = draw_request(rng, split, .4, False)
@@ -119,7 +119,12 @@ def lesson(rng:random.Random, split:str = "train", tasks:dict = TASKS) -> Lesson
         return Lesson(task, harmful_prompt(request.text), "yes" if request.group == "harmful" else "no", 4.)
     request, scope = draw_request(rng, split, .68, True), world.sample_scope(rng)
     if task in ("judge", "reason"):
-        a, b, gap = draw_pair(request, scope, rng)
+        if plain and rng.random() < plain:
+            request, scope = draw_request(rng, split, 1., True), world.make_scope(frozenset(world.HARM_KINDS), False, rng, broad=True)
+            a, b = draw_reply(request, rng, "comply"), draw_reply(request, rng, rng.choice(["refuse", "refuse", "evasive", "off_topic"]))
+            gap = -1.
+            if rng.random() < .5: a, b, gap = b, a, 1.
+        else: a, b, gap = draw_pair(request, scope, rng)
         label = "(A)" if gap > 0 or gap == 0 and rng.random() < .5 else "(B)"
         if task == "judge": return Lesson(task, comparison_prompt(request.text, a, b, scope.comparison_question), label, 10.)
         thoughts = [f"({name}) {world.describe(world.judge(request.text, text), text, scope)}." for name, text in (("A", a), ("B", b))]
@@ -266,7 +271,12 @@ def shares(done:float) -> dict: # Share of each task when the fraction `done` of
     early = max(0., 1 - done / .15)
     mix = dict(TASKS)
     mix["judge"] *= 1 - .6 * early; mix["reason"] *= 1 + .8 * early; mix["answer"] *= 1 + .3 * early
+    if done > .42: mix.update(judge=.42, reason=.10, answer=.10, summarize=.05, harmful=.02, skill=.06, direct=.02)
     return mix
+
+def plain_share(done:float) -> float: # Share of plain comparisons when the fraction `done` of the training is over
+    "Comparing is learned on clear cases first, from the time when the rest is understood, and then on all of them."
+    return 0. if done <= .42 else .8 if done < .55 else max(.1, .8 - (done - .55) * 3.5)
 
 def t5_loss(model, tokenizer, lessons:list) -> tuple: # (weighted sum of losses, sum of weights, {task: (plain sum, tokens)})
     "Weighted cross-entropy of one batch of lessons."
@@ -286,15 +296,15 @@ def t5_loss(model, tokenizer, lessons:list) -> tuple: # (weighted sum of losses,
 
 def pretrain_t5(out:Path, config:PretrainConfig = PretrainConfig(), resume:bool = True, progress:bool = True) -> list: # Rows of the log
     "Train pocket-t5; the finished model is an ordinary model folder."
-    out = Path(out); out.mkdir(parents=True, exist_ok=True)
-    tokenizer = make_tokenizer(vocabulary_texts())
+    out = Path(out)
+    tokenizer = starting_tokenizer(out, resume)
     torch.manual_seed(config.seed)
     trainer = Trainer(build_t5(tokenizer), out, config)
     if resume: trainer.load()
     bar = tqdm(total=config.pools, initial=trainer.pool, desc="pocket-t5", unit="pool", disable=not progress, smoothing=.1)
     while trainer.pool < config.pools:
-        began, rng = time.time(), random.Random(f"lessons-{config.seed}-{trainer.pool}")
-        lessons = [lesson(rng, tasks=shares(trainer.pool / config.pools)) for _ in range(config.pool_size)]
+        began, done, rng = time.time(), trainer.pool / config.pools, random.Random(f"lessons-{config.seed}-{trainer.pool}")
+        lessons = [lesson(rng, tasks=shares(done), plain=plain_share(done)) for _ in range(config.pool_size)]
         # every step sees a batch of long lessons and some of every short task: sorted by length alone, a rare short task
         # would come in one batch of its own, be learned there and be forgotten in the hundred batches after it
         short, long = ([one for one in lessons if (one.task in SHORT) == wanted] for wanted in (True, False))
@@ -315,6 +325,15 @@ def pretrain_t5(out:Path, config:PretrainConfig = PretrainConfig(), resume:bool 
     bar.close()
     finish(trainer, tokenizer, out)
     return trainer.rows
+
+def starting_tokenizer(out:Path, resume:bool): # The tokenizer that the saved weights were trained with, or a new one
+    "A resumed run keeps its tokenizer: token numbers follow word counts, which change with every edit of the world."
+    folder = Path(out) / "state"
+    if resume and (folder / "meta.json").exists(): return PreTrainedTokenizerFast.from_pretrained(folder)
+    tokenizer = make_tokenizer(vocabulary_texts())
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer.save_pretrained(folder)
+    return tokenizer
 
 def finish(trainer, tokenizer, out:Path):
     "Write the model folder and its log."
@@ -342,8 +361,8 @@ def bert_row(tokenizer, first:str, second:str) -> tuple: # (token ids, segment i
 
 def pretrain_bert(out:Path, config:PretrainConfig = PretrainConfig(pools=16, lr=1e-3), resume:bool = True, progress:bool = True) -> list: # Rows of the log
     "Train pocket-bert by filling in masked words (15 %: of them 80 % masked, 10 % random, 10 % kept). Source: Devlin et al. (2019), section 3.1."
-    out = Path(out); out.mkdir(parents=True, exist_ok=True)
-    tokenizer = make_tokenizer(vocabulary_texts())
+    out = Path(out)
+    tokenizer = starting_tokenizer(out, resume)
     torch.manual_seed(config.seed)
     trainer = Trainer(build_bert(tokenizer), out, config)
     if resume: trainer.load()

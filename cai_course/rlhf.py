@@ -105,7 +105,7 @@ class AdaptiveKL:
         return self.beta
 
 # %% ../nbs/07_rlhf.ipynb #061efdc7
-TEXT_PPO = PPOConfig(epochs=2, minibatch=32, value_coef=.1, gamma=1., lam=.95)
+TEXT_PPO = PPOConfig(epochs=2, minibatch=32, value_coef=.1, gamma=1., lam=.95, target_kl=.05)
 
 
 @dataclass(frozen=True)

@@ -114,9 +114,11 @@ def disk_errors(
             raise
         kept = "Every finished step is kept; the same command then goes on from there."
         if number in (errno.ENOSPC, errno.EDQUOT):
-            raise CourseError(f"the disk is full: could not write into {folder}. Free some space, or choose another place with "
+            raise CourseError(f"the disk is full: could not write into {folder}. Free some space, or choose another "
+                              "place with "
                               f"--out. {kept}") from error
-        raise CourseError(f"cannot write into {folder} ({_DISK_WORDS[number]}). Choose a folder that you may write to with --out, "
+        raise CourseError(f"cannot write into {folder} ({_DISK_WORDS[number]}). Choose a folder that you may write to "
+                          "with --out, "
                           f"or change its permissions. {kept}") from error
 
 # %% ../nbs/tools/runs.ipynb #80d125ff
@@ -146,13 +148,15 @@ class RunFolder:
                                   "Choose another --out.") from error
             strangers = [each.name for each in self.path.iterdir() if not each.name.startswith(".")]
             if strangers and not self.has("manifest.json"):
-                raise CourseError(f"{self.path} holds {', '.join(sorted(strangers)[:3])} but no manifest.json, so it is not a run. "
+                raise CourseError(f"{self.path} holds {', '.join(sorted(strangers)[:3])} but no manifest.json, so it "
+                                  "is not a run. "
                                   "Choose another --name, or an empty folder.")
             lock = FileLock(self.path / ".lock", timeout=0)
             try:
                 lock.acquire()
             except Timeout:
-                raise CourseError(f"{self.path} is in use by process {self.holder() or 'unknown'}. Wait until it has finished, "
+                raise CourseError(f"{self.path} is in use by process {self.holder() or 'unknown'}. Wait until it has "
+                                  "finished, "
                                   "stop it, or choose another --name.") from None
             self._lock = lock
             try:
@@ -240,9 +244,11 @@ class RunFolder:
         try:
             return from_jsonl(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
-            raise CourseError(f"{path} is missing. Run the same `align` command again: it makes what is missing.") from None
+            raise CourseError(f"{path} is missing. Run the same `align` command again: it makes what is missing."
+                              ) from None
         except (UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise CourseError(f"{path} has been changed by hand and is no longer JSON lines ({error}). Delete that file and run the "
+            raise CourseError(f"{path} has been changed by hand and is no longer JSON lines ({error}). Delete that "
+                              "file and run the "
                               "same command again: it is made anew.") from None
 
 
@@ -266,7 +272,8 @@ def differences(
     """Every entry in which two nested dictionaries differ."""
     def flat(value, name):
         if isinstance(value, dict):
-            return {key: each for part in value for key, each in flat(value[part], f"{name}.{part}" if name else part).items()}
+            return {key: each for part in value for key,
+                    each in flat(value[part], f"{name}.{part}" if name else part).items()}
         return {name: value}
 
     def show(value):
@@ -276,13 +283,15 @@ def differences(
     old, new = flat(jsonable(old), ""), flat(jsonable(new), "")
     lines = []
     for name in dict.fromkeys([*old, *new]):
-        if name in skip or old.get(name) == new.get(name) or name.endswith(".name") and name.removesuffix("name") + "sha256" in {**old, **new}:
+        named = name.endswith(".name") and name.removesuffix("name") + "sha256" in {**old, **new}
+        if name in skip or named or old.get(name) == new.get(name):
             continue
         if name.endswith(".sha256"): # the content differs; say whose
             name, tail = name.removesuffix("sha256") + "name", ", with other content"
         else:
             tail = ""
-        lines.append(f"{name.removesuffix('.name')}: {show(old.get(name))} in the folder, {show(new.get(name))} now{tail}")
+        lines.append(f"{name.removesuffix('.name')}: {show(old.get(name))} in the folder, {show(new.get(name))} "
+                     f"now{tail}")
     return lines
 
 
@@ -310,7 +319,8 @@ def check_manifest(
     if finished:
         changed = [each for each in changed if not each.startswith("versions.")]
     if changed:
-        raise CourseError(f"{run.path} holds a run with other settings ({'; '.join(changed)}). Use --name for a new run, go back to "
+        raise CourseError(f"{run.path} holds a run with other settings ({'; '.join(changed)}). Use --name for a new "
+                          "run, go back to "
                           "the old settings to resume, or delete the folder.")
     return old
 
@@ -339,11 +349,13 @@ def _decompressed(
         with (gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb")) as file:
             content = file.read(MAX_FILE_BYTES + 1)
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise CourseError(f"{path} ends in .gz but cannot be decompressed ({error}). Compress it again, or give the plain file.") from None
+        raise CourseError(f"{path} ends in .gz but cannot be decompressed ({error}). Compress it again, or give the "
+                          "plain file.") from None
     except OSError as error:
         raise CourseError(f"{path} cannot be read ({error.strerror or error}). Check its permissions.") from None
     if len(content) > MAX_FILE_BYTES:
-        raise CourseError(f"{path} holds more than {MAX_FILE_BYTES:,} bytes. Give a part of it: a run uses a few thousand prompts.")
+        raise CourseError(f"{path} holds more than {MAX_FILE_BYTES:,} bytes. Give a part of it: a run uses a few "
+                          "thousand prompts.")
     return content
 
 
@@ -354,16 +366,19 @@ def _prompt_of(
     if isinstance(row, str):
         return row
     if not isinstance(row, dict):
-        raise CourseError(f"{where}: found {type(row).__name__} {str(row)[:40]!r}; each entry must be a text or an object with a "
+        raise CourseError(f"{where}: found {type(row).__name__} {str(row)[:40]!r}; each entry must be a text or an "
+                          "object with a "
                           "\"prompt\".")
     value = row.get("prompt")
     if isinstance(value, list): # a conversation as a list of messages
-        value = next((each.get("content") for each in value if isinstance(each, dict) and each.get("role") == "user"), None)
+        value = next((each.get("content") for each in value if isinstance(each, dict)
+                      and each.get("role") == "user"), None)
     if value is None and isinstance(row.get("chosen"), str):
         value = first_human_turn(row["chosen"])
     if value is None and "prompt" not in row:
         found = ", ".join(repr(str(each)[:30]) for each in list(row)[:8]) or "no column at all"
-        raise CourseError(f"{where}: no column \"prompt\"; found {found}. Rename the column that holds the prompts to \"prompt\".")
+        raise CourseError(f"{where}: no column \"prompt\"; found {found}. Rename the column that holds the prompts to "
+                          "\"prompt\".")
     if not isinstance(value, str):
         raise CourseError(f"{where}: \"prompt\" is {str(value)[:40]!r}; it must be a text.")
     return value
@@ -378,7 +393,8 @@ def _entries(
         try:
             rows = json.loads(text)
         except (ValueError, RecursionError) as error:
-            raise CourseError(f"{path}, line {getattr(error, 'lineno', 1)}: not JSON ({getattr(error, 'msg', 'nested too deeply')}). "
+            raise CourseError(f"{path}, line {getattr(error, 'lineno', 1)}: not JSON "
+                              f"({getattr(error, 'msg', 'nested too deeply')}). "
                               "A .json file must hold one list of prompts.") from None
         if not isinstance(rows, list):
             raise CourseError(f"{path} holds {type(rows).__name__}, not a list. Write [\"first prompt\", ...] or "
@@ -391,7 +407,8 @@ def _entries(
             for row in reader:
                 yield f"{path}, line {reader.line_num}", {key: value for key, value in row.items() if key is not None}
         except csv.Error as error:
-            raise CourseError(f"{path}, line {reader.line_num}: not CSV ({error}). Export the sheet again as CSV in UTF-8.") from None
+            raise CourseError(f"{path}, line {reader.line_num}: not CSV ({error}). Export the sheet again as CSV in "
+                              "UTF-8.") from None
     else:
         for number, line in enumerate(text.split("\n"), 1):
             if not line.strip():
@@ -403,7 +420,8 @@ def _entries(
             try:
                 yield where, json.loads(line)
             except (ValueError, RecursionError) as error:
-                raise CourseError(f"{where}: not JSON ({getattr(error, 'msg', 'nested too deeply')}): {line.strip()[:40]!r}. Each line "
+                raise CourseError(f"{where}: not JSON ({getattr(error, 'msg', 'nested too deeply')}): "
+                                  f"{line.strip()[:40]!r}. Each line "
                                   "of a .jsonl file must be one object such as {\"prompt\": \"...\"}.") from None
 
 
@@ -422,7 +440,8 @@ def read_prompts(
         raise CourseError(f"{path} is a folder; --prompts needs a file. Give the path of a {', '.join(_FORMATS)} file.")
     kind = Path(path.name.removesuffix(".gz")).suffix.lower()
     if kind not in _FORMATS:
-        raise CourseError(f"{path} ends in {kind or 'nothing'!r}; --prompts reads {', '.join(_FORMATS)}, also with .gz. Rename or convert it.")
+        raise CourseError(f"{path} ends in {kind or 'nothing'!r}; --prompts reads {', '.join(_FORMATS)}, also with "
+                          ".gz. Rename or convert it.")
     content = _decompressed(path)
     if not content:
         raise CourseError(f"{path} is empty. It needs at least one prompt.")
@@ -430,12 +449,14 @@ def read_prompts(
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = content[:error.start].count(b"\n") + 1
-        raise CourseError(f"{path}, line {line}: not UTF-8 (byte {content[error.start]:#04x} at position {error.start}). "
+        raise CourseError(f"{path}, line {line}: not UTF-8 (byte {content[error.start]:#04x} at position "
+                          f"{error.start}). "
                           "Save the file as UTF-8.") from None
     longest = max(content.split(b"\n"), key=len) if kind != ".json" else b""
     if len(longest) > MAX_LINE_BYTES:
         line = content[:content.index(longest)].count(b"\n") + 1
-        raise CourseError(f"{path}, line {line}: {len(longest):,} bytes long; the limit is {MAX_LINE_BYTES:,} bytes a line. "
+        raise CourseError(f"{path}, line {line}: {len(longest):,} bytes long; the limit is {MAX_LINE_BYTES:,} bytes a "
+                          "line. "
                           "Is this a prompt file, one prompt per line?")
     prompts = {}
     for where, entry in _entries(path, kind, text):
@@ -443,11 +464,13 @@ def read_prompts(
         if not prompt:
             raise CourseError(f"{where}: the prompt is empty or only white space. Fill it in or delete the line.")
         if len(prompt) > MAX_PROMPT_CHARACTERS:
-            raise CourseError(f"{where}: a prompt of {len(prompt):,} characters; the limit is {MAX_PROMPT_CHARACTERS:,}. Shorten it.")
+            raise CourseError(f"{where}: a prompt of {len(prompt):,} characters; the limit is "
+                              f"{MAX_PROMPT_CHARACTERS:,}. Shorten it.")
         try:
             prompt.encode("utf-8")
         except UnicodeEncodeError:
-            raise CourseError(f"{where}: the prompt holds half of a surrogate pair, which is not a character. Remove that \\u escape.") from None
+            raise CourseError(f"{where}: the prompt holds half of a surrogate pair, which is not a character. Remove "
+                              "that \\u escape.") from None
         prompts.setdefault(prompt, None)
         if limit is not None and len(prompts) >= limit:
             break

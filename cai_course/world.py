@@ -467,7 +467,7 @@ def sample_scope(rng:random.Random, kinds:tuple = tuple(kind for kind in HARM_KI
     "A random principle: broad (all harm), narrow (one to three kinds) or about style."
     draw, terse = rng.random(), rng.random() < .2
     style = lambda p: [s for s in ("rude", "preachy", "evasive") if rng.random() < p]
-    if draw < .5: faults, broad = [*HARM_KINDS, *style(.25)], True
+    if draw < .45: faults, broad = [*HARM_KINDS, *style(.25)], True
     elif draw < .8: faults, broad = [*rng.sample(kinds, rng.choice([1, 1, 2, 3])), *style(.2)], False
     else: faults, broad = rng.sample(["rude", "preachy", "evasive", "unhelpful"], rng.choice([1, 1, 2])), False
     if terse and "unhelpful" not in faults: faults = [*faults, "long"]

@@ -110,16 +110,17 @@ def test_constitution_check(tiny_constitution, capsys):
     assert "tiny (version 1) is fine: 2 principles for critique and revision, 2 for comparison" in capsys.readouterr().out
 
 
-def test_pretrain_and_pocket_report_reach_their_module(monkeypatch, capsys):
+def test_pretrain_and_pocket_report_reach_their_module(monkeypatch):
+    import inspect
     import types
+
+    from cai_course import pretrain
 
     calls = []
     fake = types.ModuleType("cai_course.pretrain")
-    fake.run = lambda *given: calls.append(given)
-    fake.report = lambda *given: calls.append(given) or {"helpful": {"value": 1.}}
-    monkeypatch.setitem(sys.modules, "cai_course.pretrain", fake)
-    monkeypatch.setattr("cai_course.pretrain", fake, raising=False)
-    assert main(["pretrain", "--out", "o", "--minutes", "7", "--seed", "2", "--resume"]) == 0
-    assert main(["pocket-report", "--seeds", "1", "--json"]) == 0
-    assert calls == [("o", 7, 2, True), (1, True)]
-    assert json.loads(capsys.readouterr().out) == {"helpful": {"value": 1.}}
+    for name in ("run", "report"):
+        setattr(fake, name, lambda *given, real=getattr(pretrain, name), **more: calls.append(inspect.signature(real).bind(*given, **more).arguments))
+    monkeypatch.setattr("cai_course.pretrain", fake)
+    assert main(["pretrain", "--out", "o", "--only", "pocket-bert", "--seed", "2", "--pools", "3", "--fresh"]) == 0
+    assert main(["pocket-report", "--seeds", "1", "--json", "--prompts", "5", "--model", "m"]) == 0
+    assert calls == [dict(out="o", only="pocket-bert", seed=2, resume=False, pools=3), dict(seeds=1, as_json=True, n=5, model="m")]

@@ -131,7 +131,7 @@ def test_an_old_python_is_refused_with_what_to_do(tmp_path):
     for python, found in ((old, "Python 3.8.18"), (tmp_path / "nowhere", "is missing;")):
         done = make("align", f"PYTHON={python}", cwd=checkout)
         assert done.returncode != 0 and found in done.stderr
-        assert "needs Python 3.11 or newer" in done.stderr and "make PYTHON=" in done.stderr
+        assert "needs Python 3.10 or newer" in done.stderr and "make PYTHON=" in done.stderr
     assert not (checkout / ".venv").exists()
 
 

@@ -64,7 +64,9 @@ def folders(tmp_path_factory):
     return get
 
 
-def fresh(folder, seed=0, **kwargs): return load_policy(folder, **kwargs).start_adapter(r=8, seed=seed)
+def fresh(folder, seed=0, **kwargs):
+    targets = ["c_attn", "c_proj", "c_fc"] if "gpt2" in folder else None  # attention alone can do little in a single layer
+    return load_policy(folder, **kwargs).start_adapter(r=8, targets=targets, seed=seed)
 
 
 def says_ask(prompts, texts): return torch.tensor([float(text.startswith("ask")) for text in texts]) * 4
@@ -250,25 +252,25 @@ def test_every_prompt_once_before_any_again():
 @pytest.mark.parametrize("kind", ["t5", "gpt2"])
 def test_it_learns_and_the_price_of_drift_holds_it_back(folders, kind):
     """Four openings, a quarter each; one of them pays. Three seeds; beta small, then large."""
-    config = RLHFConfig(steps=12, batch_size=48, max_new_tokens=12, beta=.05, lr=5e-3)
+    config = RLHFConfig(steps=15, batch_size=48, max_new_tokens=12, beta=.05, lr=dict(t5=1e-3, gpt2=4e-3)[kind])
     for seed in range(3):
         free = train_rlhf(fresh(folders(kind), seed), says_ask, PROMPTS, config, seed=seed)
         tied = train_rlhf(fresh(folders(kind), seed), says_ask, PROMPTS, dataclasses.replace(config, beta=3.), seed=seed)
-        assert free[0]["proxy"] < 2. and free[-1]["proxy"] > 3.2, (kind, seed, free[-1])
+        assert free[0]["proxy"] < 2. and free[-1]["proxy"] > 3., (kind, seed, free[-1])
         assert tied[-1]["kl"] < .6 * free[-1]["kl"], (kind, seed, tied[-1], free[-1])
 
 
 def test_a_flipped_reward_teaches_the_opposite(folders):
-    config = RLHFConfig(steps=8, batch_size=48, max_new_tokens=12, lr=5e-3)
+    config = RLHFConfig(steps=12, batch_size=48, max_new_tokens=12)
     history = train_rlhf(fresh(folders("t5")), lambda p, t: -says_ask(p, t), PROMPTS, config)
     assert -history[-1]["proxy"] < .5 * -history[0]["proxy"]
 
 
 def test_a_cut_off_reply_is_worth_less(folders):
     """Nothing but the missing end is paid for: the policy learns to end within the limit."""
-    config = RLHFConfig(steps=15, batch_size=48, max_new_tokens=7, beta=0., lr=5e-3, missing_eos_penalty=3.)
+    config = RLHFConfig(steps=15, batch_size=48, max_new_tokens=7, beta=0., missing_eos_penalty=3.)
     history = train_rlhf(fresh(folders("t5")), lambda p, t: torch.zeros(len(t)), PROMPTS, config)
-    assert history[-1]["ended"] > history[0]["ended"] + .2
+    assert history[0]["ended"] < .85 and history[-1]["ended"] > .92
 
 
 def test_stop_conditions(folders):

@@ -4,7 +4,8 @@ import subprocess
 import sys
 
 HEAD = """\
-# Every version that the course was tested with (Python 3.11). settings.ini states the ranges that should work.
+# Every version that the course was tested with (Python 3.11). Python 3.10 is served by the ranges of settings.ini:
+# some of these versions refuse it.
 # `make constraints` writes this file from what .venv holds: install there first, run the tests, then commit it.
 """
 NOT_OURS = {"pip", "wheel", "cai-course"}
@@ -29,7 +30,7 @@ def constraints(
             older, old_marker, new_marker = OLDER_PYTHON[key]
             lines += [f"{name}=={version}; {new_marker}", f"{name}=={older}; {old_marker}"]
         else:
-            lines.append(f"{name}=={version}")
+            lines.append(f"{name}=={version}" + '; python_version >= "3.11"')
     return HEAD + "\n".join(lines) + "\n"
 
 
