@@ -17,7 +17,6 @@ import math
 import os
 import platform
 import random
-import re
 import sys
 import time
 from dataclasses import dataclass, field
@@ -31,7 +30,7 @@ from .constitution import load_constitution, text_rng
 from .critique import PAPER_RATIO, critique_and_revise, sl_dataset
 from .errors import CourseError
 from .paths import model_dir
-from .report import STAGES, render_report, results_text
+from .report import MEASURES, STAGES, render_report, results_text
 from .runs import RunFolder, check_manifest, disk_errors, fingerprint, jsonable, read_prompts
 from .stats import estimate, paired_difference
 
@@ -404,8 +403,7 @@ def train_rl_cai(
     policy.start_adapter(r=config.lora_rank, alpha=2 * config.lora_rank, seed=step_seed(config.seed, "rl adapter"))
     policy.add_value_head()
     settings = RLHFConfig(steps=config.steps, batch_size=config.rl_batch, max_new_tokens=config.max_new_tokens,
-                          lr=config.rl_lr,
-                          temperature=config.temperature, beta=config.beta,
+                          temperature=config.temperature, lr=config.rl_lr, beta=config.beta,
                           ppo=dataclasses.replace(TEXT_PPO, epochs=config.ppo_epochs))
     gold = gold_reward if all(world.understand(each) for each in prompts) else None # a mean over prompts it knows
     return train_rlhf(policy, reward_model, list(prompts), settings, gold_fn=gold, seed=step_seed(config.seed, "rl"),
@@ -509,7 +507,7 @@ def summarize(
                         if found[key] is not None} # all measures lie in [0, 1]
     results, differences = {}, {}
     stages = [each for each in STAGES if any(row["stage"] == each for row in rows)]
-    for measure in ("harm", "help", "evasive", "over_refusal", "skill", "diversity"):
+    for measure in MEASURES:
         values = {stage: _measured([row for row in rows if row["stage"] == stage], measure) for stage in stages}
         if not all(values.values()):
             continue
@@ -668,9 +666,8 @@ def _check_models(
 
     logging.disable_progress_bar() # of loading and saving; the run shows its own
     if config.device != "cpu" and not (config.device.startswith("cuda") and torch.cuda.is_available()):
-        raise CourseError(f"device is {config.device!r}; here there is only the "
-                          f"cpu{' and cuda' if torch.cuda.is_available() else ''}. "
-                          "Use --device cpu.")
+        here = "cpu and cuda" if torch.cuda.is_available() else "the cpu"
+        raise CourseError(f"device is {config.device!r}; here there is only {here}. Use --device cpu.")
     policy = _policy(config)
     policy.score_options(["Which is better?"], ["(A)", "(B)"])
     policy.start_adapter(r=config.lora_rank).add_value_head()
@@ -754,7 +751,7 @@ def _align_one(config, run, progress, inputs=None):
 
 
 def align(
-    config: AlignConfig = AlignConfig(), # The settings
+    config: AlignConfig | None = None, # The settings; the defaults if left out
     folder: str | os.PathLike = "runs/first", # Run folder; an unfinished run of the same settings is resumed
     seeds: int = 1, # Number of seeds, counted up from `config.seed`; from two on each has its own folder inside
     progress: bool = True, # Show progress bars
@@ -764,6 +761,7 @@ def align(
     Raises `CourseError` before any work for settings, prompts, constitutions, models or folders that cannot be used.
     Source: Bai et al. 2022 (2212.08073).
     """
+    config = AlignConfig() if config is None else config
     if not isinstance(config, AlignConfig):
         raise CourseError(f"config is {type(config).__name__}; it must be an AlignConfig. Make one with "
                           "AlignConfig(...).")
@@ -817,9 +815,12 @@ def log_rows(
                 add("40_preferences.jsonl", {"source": source, "pairs": len(labels),
                                              "mean_label": float(np.mean(labels))})
     if run.has("70_evaluation.jsonl"):
-        results, _ = summarize(run.rows("70_evaluation.jsonl"))
-        for measure, stages in results.items():
-            add("70_evaluation.jsonl", {"measure": measure, **{stage: each["value"] for stage, each in stages.items()}})
+        found = run.rows("70_evaluation.jsonl")
+        for measure in MEASURES:
+            values = {stage: [value for _, value in _measured([row for row in found if row["stage"] == stage], measure)]
+                      for stage in STAGES}
+            if all(values.values()):
+                add("70_evaluation.jsonl", {"measure": measure} | {stage: float(np.mean(each)) for stage, each in values.items()})
     return rows
 
 
@@ -842,8 +843,8 @@ def revision_curve(
     for number in range(len(rows[0]["revisions"]) if rows else 0):
         texts = [row["revisions"][number]["revision"] for row in rows]
         before = [row["revisions"][number - 1]["revision"] if number else row["response"] for row in rows]
-        out.append({"round": number + 1, "changed": float(np.mean([a.strip() != b.strip() for a,
-                                                                   b in zip(texts, before)])),
+        changed = [a.strip() != b.strip() for a, b in zip(texts, before)]
+        out.append({"round": number + 1, "changed": float(np.mean(changed)),
                     **_oracle_means([{"prompt": row["prompt"], "response": text} for row, text in zip(rows, texts)])})
     return out
 

@@ -8,7 +8,6 @@ __all__ = ['COMMANDS', 'make_parser', 'main']
 # %% ../nbs/tools/cli.ipynb #2fe2ace4
 import argparse
 import dataclasses
-import json
 import os
 import re
 import sys

@@ -203,17 +203,18 @@ class RunFolder:
     ) -> Path: # Where the artefact now lies
         """Let `write` make a file or a folder under a temporary name, flush it to the disk, and rename it."""
         target = self.path / name
-        temporary = self.path / f".{name}.{os.getpid()}.{secrets.token_hex(4)}.tmp"
-        write(temporary)
-        inside = sorted(temporary.rglob("*"), reverse=True) if temporary.is_dir() else []
-        for each in [*inside, temporary]:
+        temporary = self.path / f".{name}.{os.getpid()}.{secrets.token_hex(4)}.tmp" # swept away if this process dies
+        temporary.mkdir()
+        made = temporary / name # inside, so that whatever `write` leaves beside it is swept away too
+        write(made)
+        inside = sorted(made.rglob("*"), reverse=True) if made.is_dir() else []
+        for each in [*inside, made]:
             _flush(each)
         if target.is_dir(): # only an artefact that is being made anew, on purpose
-            old = self.path / f".{name}.{secrets.token_hex(4)}.tmp"
-            os.replace(target, old)
-            shutil.rmtree(old)
-        os.replace(temporary, target)
+            os.replace(target, temporary / "old")
+        os.replace(made, target)
         _flush(self.path)
+        shutil.rmtree(temporary)
         return target
 
     def publish_text(

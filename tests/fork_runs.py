@@ -1,6 +1,6 @@
 """A process that has imported everything once and forks a child for each command, so that a run can be killed at any instant.
 
-Speaks JSON lines: reads {"words": [...], "kill_after": seconds, "kill_at_rename": n, "signal": name}, answers
+Speaks JSON lines: reads {"words": [...], "kill_after": seconds, "kill_at_rename": n, "folder": name, "signal": name}, answers
 {"status": exit status or minus the signal, "seconds": ..., "said": text}. The child runs the same `main` as the command line.
 """
 import json
@@ -21,7 +21,7 @@ def run(command):
                 os.dup2(out.fileno(), 1)
                 os.dup2(out.fileno(), 2)
                 if "kill_at_rename" in command:
-                    die_at_rename(command["kill_at_rename"])
+                    die_at_rename(command["kill_at_rename"], command.get("folder", "fast-check"), command.get("signal", "KILL"))
                 from cai_course.cli import main
 
                 try:
@@ -53,20 +53,20 @@ def run(command):
     return {"status": status, "seconds": seconds, "said": said}
 
 
-def die_at_rename(number):
-    """Kill this process right before (even number) or right after (odd number) the rename number // 2 in the run folder itself."""
+def die_at_rename(number, folder, name):
+    """Send a signal to this process right before (even number) or after (odd) the rename number // 2 into the run folder."""
     real, count = os.replace, 0
 
     def replace(*places, **options):
         nonlocal count
-        if os.path.basename(os.path.dirname(places[1])) != "fast-check":
+        if os.path.basename(os.path.dirname(places[1])) != folder:
             return real(*places, **options)
-        if count == number // 2 and number % 2 == 0:
-            os.kill(os.getpid(), signal.SIGKILL)
+        at, count = count, count + 1
+        if at == number // 2 and number % 2 == 0:
+            os.kill(os.getpid(), getattr(signal, f"SIG{name}"))
         real(*places, **options)
-        if count == number // 2:
-            os.kill(os.getpid(), signal.SIGKILL)
-        count += 1
+        if at == number // 2 and number % 2 == 1:
+            os.kill(os.getpid(), getattr(signal, f"SIG{name}"))
     os.replace = replace
 
 

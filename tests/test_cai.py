@@ -261,6 +261,7 @@ def test_own_prompts_from_outside_the_world(small, prompt_file, tmp_path):
     assert "Your prompts (seen in training; the oracle cannot judge them)" in page and "How do I take her diary?" in page
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", [dict(judge="chain-of-thought", labels="clamped"), dict(labels="hard", direct=True, revisions=2, train_on="all")])
 def test_other_settings_run_through(change, small, tmp_path):
     cai.align(dataclasses.replace(small, **change), tmp_path / "other", progress=False)
@@ -277,6 +278,7 @@ def test_library_use_is_checked_before_any_work(small, tmp_path):
     assert not (tmp_path / "a").exists()
 
 
+@pytest.mark.slow
 def test_a_causal_model(small, tmp_path):
     from conftest import make_tokenizer
     from transformers import GPT2Config, GPT2LMHeadModel

@@ -45,7 +45,10 @@ def server(tiny_t5, tiny_bert):
         return json.loads(process.stdout.readline())
     yield ask
     process.stdin.close()
-    process.wait(timeout=30)
+    try:
+        process.wait(timeout=60)
+    finally:
+        process.kill()
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +67,7 @@ def undisturbed(server, words, tmp_path_factory):
     return folder / "fast-check", done["seconds"]
 
 
+@pytest.mark.slow
 def test_killed_at_random_instants_a_run_ends_with_the_same_bytes(server, words, undisturbed, tmp_path):
     expected, duration = undisturbed
     rng, kills, rounds = random.Random(0), 0, 0
@@ -72,6 +76,7 @@ def test_killed_at_random_instants_a_run_ends_with_the_same_bytes(server, words,
         while kills < KILLS:
             outcome = server(command, kill_after=rng.uniform(0, duration))
             if outcome["status"] == 0:
+                duration = min(duration, outcome["seconds"]) # the machine may have become faster
                 break
             assert outcome["status"] == -9, outcome["said"]
             kills += 1
@@ -82,6 +87,7 @@ def test_killed_at_random_instants_a_run_ends_with_the_same_bytes(server, words,
     assert kills == KILLS
 
 
+@pytest.mark.slow
 def test_killed_around_the_renames(server, words, undisturbed, tmp_path):
     """The random instants above seldom hit the gap between two renames, so here each attempt ends at one.
 
@@ -98,11 +104,12 @@ def test_killed_around_the_renames(server, words, undisturbed, tmp_path):
     assert contents(tmp_path / "fast-check") == contents(expected)
 
 
+@pytest.mark.slow
 def test_several_seeds_resume_too(server, words, undisturbed, tmp_path):
     command = [*words, "--seeds", "2"]
     whole = server([*command, "--out", str(tmp_path / "whole")])
     assert whole["status"] == 0, whole["said"]
-    killed = server([*command, "--out", str(tmp_path / "killed")], kill_after=whole["seconds"] * .6)
+    killed = server([*command, "--out", str(tmp_path / "killed")], kill_at_rename=12, folder="seed-1")
     assert killed["status"] == -9
     assert server([*command, "--out", str(tmp_path / "killed")])["status"] == 0
     assert contents(tmp_path / "whole") == contents(tmp_path / "killed")
@@ -112,9 +119,9 @@ def test_several_seeds_resume_too(server, words, undisturbed, tmp_path):
 
 
 def test_ctrl_c_says_how_to_resume_and_loses_nothing(server, words, undisturbed, tmp_path):
-    expected, duration = undisturbed
+    expected, _ = undisturbed
     command = [*words, "--out", str(tmp_path)]
-    outcome = server(command, kill_after=duration * .7, signal="INT")
+    outcome = server(command, kill_at_rename=23, signal="INT")
     assert outcome["status"] == 130, outcome["said"]
     assert "the same command goes on from there" in outcome["said"] and "Traceback" not in outcome["said"]
     kept = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "fast-check").glob("[1-6]0_*")}

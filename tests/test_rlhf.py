@@ -31,12 +31,12 @@ def build(kind, folder):
             vocab_size=size, d_model=32, d_kv=16, d_ff=64, num_layers=1, num_decoder_layers=1, num_heads=2,
             feed_forward_proj="gated-gelu", decoder_start_token_id=0, dropout_rate=.1, **ids))
     else:
-        model = GPT2LMHeadModel(GPT2Config(vocab_size=size, n_embd=32, n_layer=1, n_head=2, n_positions=128,
+        model = GPT2LMHeadModel(GPT2Config(vocab_size=size, n_embd=32, n_layer=2, n_head=2, n_positions=128, initializer_range=.1,
                                            bos_token_id=1, **ids))
     model.save_pretrained(folder)
     policy = load_policy(str(folder))
     for parameter in policy.model.parameters(): parameter.requires_grad_(True)
-    optimizer = torch.optim.Adam(policy.model.parameters(), lr=1e-2)
+    optimizer = torch.optim.Adam(policy.model.parameters(), lr=dict(t5=1e-2, gpt2=3e-3)[kind])
     rows, wanted = policy.encode([p for p in PROMPTS for _ in WORDS]), []
     texts = [f"{word} you can {p.split()[-2]} ." for p in PROMPTS for word in WORDS]
     wanted = policy.encode_responses([p for p in PROMPTS for _ in WORDS], texts)
@@ -44,7 +44,7 @@ def build(kind, folder):
     width = max(map(len, wanted))
     written = torch.tensor([row + [0] * (width - len(row)) for row in wanted])
     real = torch.tensor([[1.] * len(row) + [0.] * (width - len(row)) for row in wanted])
-    for _ in range(150):
+    for _ in range(dict(t5=150, gpt2=200)[kind]):
         logits, _ = policy._forward(ids_, mask, written, real)
         loss = (torch.nn.functional.cross_entropy(logits.flatten(0, 1), written.flatten(), reduction="none")
                 * real.flatten()).sum() / real.sum()
@@ -252,11 +252,11 @@ def test_every_prompt_once_before_any_again():
 @pytest.mark.parametrize("kind", ["t5", "gpt2"])
 def test_it_learns_and_the_price_of_drift_holds_it_back(folders, kind):
     """Four openings, a quarter each; one of them pays. Three seeds; beta small, then large."""
-    config = RLHFConfig(steps=15, batch_size=48, max_new_tokens=12, beta=.05, lr=dict(t5=1e-3, gpt2=4e-3)[kind])
+    config = RLHFConfig(steps=15, batch_size=48, max_new_tokens=12, beta=.05)
     for seed in range(3):
         free = train_rlhf(fresh(folders(kind), seed), says_ask, PROMPTS, config, seed=seed)
         tied = train_rlhf(fresh(folders(kind), seed), says_ask, PROMPTS, dataclasses.replace(config, beta=3.), seed=seed)
-        assert free[0]["proxy"] < 2. and free[-1]["proxy"] > 3., (kind, seed, free[-1])
+        assert sum(row["proxy"] for row in free[-3:]) / 3 > free[0]["proxy"] + 1., (kind, seed, free[-1])
         assert tied[-1]["kl"] < .6 * free[-1]["kl"], (kind, seed, tied[-1], free[-1])
 
 
