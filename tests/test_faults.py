@@ -25,7 +25,7 @@ def contents(folder):
         if path.is_dir() or Path(name).name in ("timings.json", ".lock"):
             continue
         found[name] = path.read_bytes()
-        if name == "results.json":
+        if path.name == "results.json":
             results = json.loads(found[name])
             assert results.pop("seconds") >= 0 and results.pop("peak_memory_mb") >= 0
             found[name] = json.dumps(results)
