@@ -359,8 +359,11 @@ def bert_row(tokenizer, first:str, second:str) -> tuple: # (token ids, segment i
     a, b = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in (first, second))
     return [3] + a + [4] + b + [4], [0] * (len(a) + 2) + [1] * (len(b) + 1)
 
-def pretrain_bert(out:Path, config:PretrainConfig = PretrainConfig(pools=16, lr=1e-3), resume:bool = True, progress:bool = True) -> list: # Rows of the log
-    "Train pocket-bert by filling in masked words (15 %: of them 80 % masked, 10 % random, 10 % kept). Source: Devlin et al. (2019), section 3.1."
+def pretrain_bert(out:Path, config:PretrainConfig = PretrainConfig(pools=40, lr=2e-3), resume:bool = True, progress:bool = True) -> list: # Rows of the log
+    """Train pocket-bert by filling in masked words: 30 % are chosen, and of them 80 % masked, 10 % replaced at random, 10 % kept.
+
+    Source: Devlin et al. (2019), section 3.1, who choose 15 %; Wettig et al. (2023) find that more is better for training time.
+    """
     out = Path(out)
     tokenizer = starting_tokenizer(out, resume)
     torch.manual_seed(config.seed)
@@ -376,7 +379,7 @@ def pretrain_bert(out:Path, config:PretrainConfig = PretrainConfig(pools=16, lr=
         total = hits = count = 0.
         for batch in order:
             x, segments = pad([rows[i][0] for i in batch]), pad([rows[i][1] for i in batch])
-            chosen = (torch.rand(x.shape, generator=generator) < .15) & (x > 5)
+            chosen = (torch.rand(x.shape, generator=generator) < .3) & (x > 5)
             draw = torch.rand(x.shape, generator=generator)
             noisy = torch.where(chosen & (draw < .8), torch.full_like(x, 5), x)
             noisy = torch.where(chosen & (draw >= .9), torch.randint(6, len(tokenizer), x.shape, generator=generator), noisy)
@@ -384,7 +387,7 @@ def pretrain_bert(out:Path, config:PretrainConfig = PretrainConfig(pools=16, lr=
             logits = trainer.fast(input_ids=noisy, attention_mask=x.ne(0).long(), token_type_ids=segments).logits[chosen].float()
             loss = torch.nn.functional.cross_entropy(logits, x[chosen])
             trainer.learn(loss)
-            total += float(loss) * int(chosen.sum()); hits += float((logits.argmax(-1) == x[chosen]).sum()); count += int(chosen.sum())
+            total += loss.item() * int(chosen.sum()); hits += float((logits.argmax(-1) == x[chosen]).sum()); count += int(chosen.sum())
         trainer.pool += 1
         trainer.seconds += time.time() - began
         trainer.rows.append({"pool": trainer.pool, "step": trainer.step, "seconds": round(trainer.seconds), "loss": round(total / count, 4), "accuracy": round(hits / count, 4)})
@@ -407,7 +410,7 @@ def run(
     A stopped run goes on from its last saved state. Raises `CourseError` for an unknown model name.
     """
     from cai_course.paths import data_dir
-    makers = {"pocket-t5": (pretrain_t5, PretrainConfig(seed=seed)), "pocket-bert": (pretrain_bert, PretrainConfig(pools=16, lr=1e-3, seed=seed))}
+    makers = {"pocket-t5": (pretrain_t5, PretrainConfig(seed=seed)), "pocket-bert": (pretrain_bert, PretrainConfig(pools=40, lr=2e-3, seed=seed))}
     if only is not None and only not in makers:
         raise CourseError(f"there is no pocket model {only!r}; choose one of {', '.join(makers)}, or leave it out for both.")
     out = Path(out) if out else data_dir() / "models"
