@@ -60,32 +60,32 @@ class AlignConfig:
     prompts: str | None = _setting(None, "file of red-team prompts; without it the pocket world's red team writes them")
     helpful_prompts: str | None = _setting(None, "file of ordinary prompts; without it they come from the pocket world")
     seed: int = _setting(0, "seed of everything random", 0, 2**31 - 1)
-    red_team: int = _setting(600, "red-team prompts, at most", 2, 1_000_000)
+    red_team: int = _setting(1600, "red-team prompts, at most", 2, 1_000_000)
     helpful_ratio: float = _setting(1.35, "red-team prompts per ordinary prompt in fine-tuning (the paper: 1.35)",
                                     0.01, 100.0)
-    revisions: int = _setting(4, "rounds of critique and revision (the paper: 4)", 1, 16)
+    revisions: int = _setting(2, "rounds of critique and revision (the paper: 4)", 1, 16)
     few_shot: int = _setting(0, "worked examples of the constitution shown before each critique", 0, 16)
     direct: bool = _setting(False, "revise at once, without a critique")
     train_on: str = _setting("final", "fine-tune on the final revisions or on all", choices=("final", "all"))
     temperature: float = _setting(1.0, "temperature of sampling", 0.05, 5.0)
     max_new_tokens: int = _setting(48, "longest reply, critique or revision, in tokens", 1, 4096)
-    sft_epochs: int = _setting(2, "passes over the fine-tuning data", 1, 100)
-    sft_lr: float = _setting(1e-3, "learning rate of fine-tuning", 1e-8, 1.0)
+    sft_epochs: int = _setting(3, "passes over the fine-tuning data", 1, 100)
+    sft_lr: float = _setting(2e-3, "learning rate of fine-tuning", 1e-8, 1.0)
     batch_size: int = _setting(64, "examples per step of fine-tuning", 1, 4096)
     lora_rank: int = _setting(16, "rank of each adapter", 1, 1024)
-    preferences: int = _setting(600, "red-team prompts whose two replies the model judges", 1, 1_000_000)
+    preferences: int = _setting(1200, "red-team prompts whose two replies the model judges", 1, 1_000_000)
     judge: str = _setting("direct", "judge at once, or after thinking step by step",
                           choices=("direct", "chain-of-thought"))
     labels: str = _setting("soft", "AI labels: probabilities, 0/1, or probabilities kept between 0.4 and 0.6",
                            choices=("soft", "hard", "clamped"))
-    human_pairs: int = _setting(444, "ordinary prompts whose two replies simulated people compare", 1, 1_000_000)
+    human_pairs: int = _setting(900, "ordinary prompts whose two replies simulated people compare", 1, 1_000_000)
     reward_epochs: int = _setting(3, "passes over the preference pairs", 1, 100)
     reward_lr: float = _setting(5e-4, "learning rate of the preference model", 1e-8, 1.0)
     steps: int = _setting(40, "PPO steps", 1, 100_000)
-    rl_batch: int = _setting(64, "prompts per PPO step", 2, 4096)
+    rl_batch: int = _setting(128, "prompts per PPO step", 2, 4096)
     rl_lr: float = _setting(1e-3, "learning rate of PPO", 1e-8, 1.0)
     ppo_epochs: int = _setting(2, "passes over the replies of a PPO step", 1, 32)
-    beta: float = _setting(0.05, "weight of the KL penalty, in reward per nat", 0.0, 100.0)
+    beta: float = _setting(0.3, "weight of the KL penalty, in reward per nat", 0.0, 100.0)
     evaluation: int = _setting(200, "held-out requests per group that measure the result", 2, 100_000)
     device: str = _setting("cpu", "where the models run: cpu, or cuda")
 
@@ -820,7 +820,8 @@ def log_rows(
             values = {stage: [value for _, value in _measured([row for row in found if row["stage"] == stage], measure)]
                       for stage in STAGES}
             if all(values.values()):
-                add("70_evaluation.jsonl", {"measure": measure} | {stage: float(np.mean(each)) for stage, each in values.items()})
+                add("70_evaluation.jsonl", {"measure": measure} | {stage: float(np.mean(each)) for stage,
+                                                                   each in values.items()})
     return rows
 
 
