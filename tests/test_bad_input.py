@@ -243,7 +243,7 @@ def test_an_old_folder_with_another_config_names_each_difference(refuse, tmp_pat
     folder.mkdir(parents=True)
     (folder / "manifest.json").write_text(json.dumps(manifest))
     out = tmp_path / "runs"
-    refuse(["--steps", "3", "--beta", "0.2"], "config.steps: 2 in the folder, 3 now; config.beta: 0.05 in the folder, 0.2 now", out=out)
+    refuse(["--steps", "3", "--beta", "0.2"], "config.steps: 2 in the folder, 3 now; config.beta: 0.3 in the folder, 0.2 now", out=out)
     refuse(["--steps", "3"], "Use --name for a new run, go back to the old settings to resume, or delete the folder", out=out)
     refuse(["--seeds", "2"], "seeds: nothing in the folder, [0, 1] now", out=out)
     other = write(tmp_path / "other.yaml", GOOD)
