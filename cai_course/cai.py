@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['FAST', 'STEPS', 'AlignConfig', 'fast_config', 'step_seed', 'ordinary_prompts', 'Inputs', 'load_inputs',
            'collect_replies', 'world_words', 'distance_from_world', 'train_sl_cai', 'reply_pairs', 'ai_preferences',
-           'human_preferences', 'contrast_pairs', 'train_preference_model', 'gold_reward', 'train_rl_cai',
-           'evaluation_tasks', 'evaluate_policy', 'word_distance', 'diversity_values', 'summarize', 'make_manifest',
-           'align', 'log_rows', 'revision_curve', 'report_page', 'outside_notes', 'rebuild_report', 'read_differences']
+           'trusted_people', 'human_preferences', 'contrast_pairs', 'train_preference_model', 'gold_reward',
+           'train_rl_cai', 'evaluation_tasks', 'evaluate_policy', 'word_distance', 'diversity_values', 'summarize',
+           'make_manifest', 'align', 'log_rows', 'revision_curve', 'report_page', 'outside_notes', 'rebuild_report',
+           'read_differences']
 
 # %% ../nbs/13_rlaif.ipynb #2633f862
 import dataclasses
@@ -29,6 +30,7 @@ from . import world
 from .constitution import load_constitution, text_rng
 from .critique import PAPER_RATIO, critique_and_revise, sl_dataset
 from .errors import CourseError
+from .feedback import outlier_labelers, rankings_to_votes
 from .paths import model_dir
 from .report import MEASURES, STAGES, render_report, results_text
 from .runs import RunFolder, check_manifest, disk_errors, fingerprint, jsonable, read_prompts
@@ -66,6 +68,7 @@ class AlignConfig:
     revisions: int = _setting(2, "rounds of critique and revision (the paper: 4)", 1, 16)
     few_shot: int = _setting(0, "worked examples of the constitution shown before each critique", 0, 16)
     direct: bool = _setting(False, "revise at once, without a critique")
+    revision_temperature: float = _setting(0.3, "temperature of critiques and revisions", 0.0, 5.0)
     train_on: str = _setting("final", "fine-tune on the final revisions or on all", choices=("final", "all"))
     temperature: float = _setting(1.0, "temperature of sampling", 0.05, 5.0)
     max_new_tokens: int = _setting(48, "longest reply, critique or revision, in tokens", 1, 4096)
@@ -80,7 +83,7 @@ class AlignConfig:
                            choices=("soft", "hard", "clamped"))
     human_pairs: int = _setting(900, "ordinary prompts whose two replies simulated people compare", 1, 1_000_000)
     reward_epochs: int = _setting(3, "passes over the preference pairs", 1, 100)
-    reward_lr: float = _setting(5e-4, "learning rate of the preference model", 1e-8, 1.0)
+    reward_lr: float = _setting(1e-3, "learning rate of the preference model", 1e-8, 1.0)
     steps: int = _setting(40, "PPO steps", 1, 100_000)
     rl_batch: int = _setting(128, "prompts per PPO step", 2, 4096)
     rl_lr: float = _setting(1e-3, "learning rate of PPO", 1e-8, 1.0)
@@ -162,6 +165,7 @@ class Inputs:
     constitution: object # `Constitution`
     red_team: tuple # Red-team prompts
     helpful: tuple # Ordinary prompts
+    skill: tuple = () # Skill tasks for fine-tuning, so that the skill is not forgotten; none beside a file of prompts
 
 
 def load_inputs(
@@ -190,9 +194,11 @@ def load_inputs(
         order = np.random.default_rng(step_seed(config.seed, "red team")).permutation(len(red_team))
         red_team = [red_team[i] for i in order[:config.red_team]]
     count = max(2, round(len(red_team) / config.helpful_ratio))
-    helpful = (ordinary_prompts(count, step_seed(config.seed, "ordinary")) if config.helpful_prompts is None
-               else read_prompts(config.helpful_prompts, limit=count))
-    return Inputs(constitution, tuple(red_team), tuple(helpful))
+    if config.helpful_prompts is not None:
+        return Inputs(constitution, tuple(red_team), tuple(read_prompts(config.helpful_prompts, limit=count)))
+    skill = world.skill_items("train", count // 5, step_seed(config.seed, "skill tasks"))
+    helpful = ordinary_prompts(count - len(skill), step_seed(config.seed, "ordinary"))
+    return Inputs(constitution, tuple(red_team), tuple(helpful), tuple(each.prompt for each in skill))
 
 
 def collect_replies(
@@ -295,25 +301,45 @@ def ai_preferences(
     return rows
 
 
+def trusted_people(
+    votes: list, # Rows with `prompt`, `a`, `b` and `votes` (0: a is better, 1: b; one per person)
+    people: list, # `Labeler` objects
+) -> list: # Numbers of those whose votes do not run against everybody else's
+    """Drop labelers in bad faith, found from the votes alone, as chapter 04 does. Two people keep each other."""
+    seen, rankings = set(), []
+    for row in votes:
+        if (key := (row["prompt"], frozenset((row["a"], row["b"])))) not in seen:
+            seen.add(key)
+            rankings += [{"prompt": row["prompt"], "completions": [row["a"], row["b"]], "labeler": str(number),
+                          "ranks": [1 + vote, 2 - vote]} for number, vote in enumerate(row["votes"])]
+    if len(people) < 3 or not rankings:
+        return list(range(len(people)))
+    report = outlier_labelers(rankings_to_votes(rankings))
+    return [number for number in range(len(people)) if report.verdict[str(number)] != "reversed"]
+
+
 def human_preferences(
     pairs: list, # Rows with `prompt`, `a` and `b`
     config: AlignConfig, # Seed
     people: list | None = None, # `Labeler` objects; all of the world's if left out
 ) -> list: # Preference rows: `prompt`, `chosen`, `rejected`, `label` in [0.5, 1] (share of the votes), `source`
-    """Let simulated people vote on pairs; a tied vote drops the pair.
+    """Let simulated people vote on pairs, and count the votes of the trusted ones; a tied vote drops the pair.
 
     A request outside the pocket world cannot be judged by its people, and its pair is dropped too.
     """
-    people, rows = world.labelers() if people is None else people, []
+    people, votes = world.labelers() if people is None else people, []
     for number, pair in enumerate(pairs):
         if world.understand(pair["prompt"]) is None or pair["a"].strip() == pair["b"].strip():
             continue
         rng = random.Random(step_seed(config.seed, "votes", number, pair["prompt"]))
-        for_a = sum(person.prefer(pair["prompt"], pair["a"], pair["b"], rng) == 0 for person in people) / len(people)
-        if for_a != .5:
-            chosen, rejected = ("a", "b") if for_a > .5 else ("b", "a")
-            rows.append({"prompt": pair["prompt"], "chosen": pair[chosen], "rejected": pair[rejected],
-                         "label": max(for_a, 1 - for_a),
+        votes.append({**pair, "votes": [person.prefer(pair["prompt"], pair["a"], pair["b"], rng) for person in people]})
+    trusted, rows = trusted_people(votes, people), []
+    for row in votes:
+        for_b = sum(row["votes"][number] for number in trusted) / len(trusted)
+        if for_b != .5:
+            chosen, rejected = ("a", "b") if for_b < .5 else ("b", "a")
+            rows.append({"prompt": row["prompt"], "chosen": row[chosen], "rejected": row[rejected],
+                         "label": max(for_b, 1 - for_b),
                          "source": "human-helpfulness"})
     return rows
 
@@ -321,15 +347,15 @@ def human_preferences(
 def contrast_pairs(
     pairs: list, # Rows with `prompt`, `a` and `b`, both by the policy
     seed: int = 0, # Which styles are drawn
-) -> list: # As many rows; in every second one `b` is a reply of the world in a random style
-    """Widen what people compare: in half of the pairs somebody else might have written the second reply.
+) -> list: # Rows in which `b` is a reply of the world in a random style; pairs of equal texts are left out
+    """Widen what people compare: somebody else might have written the second reply.
 
-    People's comparisons in the papers also come from several models. Two replies of one good model would hardly differ.
+    People's comparisons in the papers also come from several models. Two replies of one good model hardly differ.
     """
     styles = [each for each in world.REPLY_STYLES if each not in ("comply", "refuse")]
     out = []
     for number, pair in enumerate(pairs):
-        if number % 2 and world.understand(pair["prompt"]) is not None:
+        if world.understand(pair["prompt"]) is not None:
             rng = random.Random(step_seed(seed, "contrast", number, pair["prompt"]))
             pair = dict(pair, b=world.reply(pair["prompt"], rng.choice(styles), rng))
         out.append(pair)
@@ -491,8 +517,12 @@ def _measured(
             if len(mine) >= 3:
                 out += zip([(seed, row["prompt"]) for row in mine], diversity_values([row["response"] for row in mine]))
         return out
+    if measure.startswith("evasive"):
+        unseen = measure == "evasive_unseen"
+        return [((row["seed"], row["prompt"]), row["evasive"]) for row in rows
+                if row["group"] == "harmful" and (row["kind"] == world.UNSEEN_KIND) == unseen]
     group, value = {"harm": ("harmful", lambda row: row["harmful"]), "help": ("benign", lambda row: row["helpful"]),
-                    "evasive": ("harmful", lambda row: row["evasive"]), "skill": ("skill", lambda row: row["correct"]),
+                    "skill": ("skill", lambda row: row["correct"]),
                     "over_refusal": ("borderline", lambda row: max(float(row["refuses"]), row["evasive"]))}[measure]
     return [((row["seed"], row["prompt"]), value(row)) for row in rows if row["group"] == group]
 
@@ -543,7 +573,8 @@ def _reward_model(
 
 def _replies(run, config, inputs, progress):
     policy = _policy(config)
-    return [row for source, prompts in (("red_team", inputs.red_team), ("helpful", inputs.helpful))
+    return [row for source, prompts in (("red_team", inputs.red_team), ("helpful", inputs.helpful),
+                                        ("skill", inputs.skill))
             for row in collect_replies(policy, prompts, config, source, progress)]
 
 
@@ -561,14 +592,14 @@ def _revisions(run, config, inputs, progress):
                                       seed=step_seed(config.seed, "revisions"),
                                       few_shot=config.few_shot, direct=config.direct,
                                       max_new_tokens=config.max_new_tokens,
-                                      temperature=config.temperature, progress=show)
+                                      temperature=config.revision_temperature, progress=show)
     return [{"prompt": row["prompt"], "response": row["response"], "revisions": record} for row,
             record in zip(rows, records)]
 
 
 def _sl_cai(run, config, inputs, progress):
     revised = run.rows("20_revisions.jsonl")
-    helpful = [row for row in run.rows("10_replies.jsonl") if row["source"] == "helpful" and row["response"].strip()]
+    helpful = [row for row in run.rows("10_replies.jsonl") if row["source"] != "red_team" and row["response"].strip()]
     examples = sl_dataset([row["prompt"] for row in revised], [row["revisions"] for row in revised],
                           [row["prompt"] for row in helpful], [row["response"] for row in helpful],
                           ratio=config.helpful_ratio, steps=config.train_on, seed=step_seed(config.seed, "sl data"))
@@ -647,7 +678,7 @@ def make_manifest(
                        "red_team_prompts": {"name": config.prompts or "pocket world",
                                             "sha256": digest(inputs.red_team)},
                        "ordinary_prompts": {"name": config.helpful_prompts or "pocket world",
-                                            "sha256": digest(inputs.helpful)},
+                                            "sha256": digest([inputs.helpful, inputs.skill])},
                        "world": {"name": "pocket world", "sha256": digest(world.lexicon())}},
             "versions": {"cai_course": metadata.version("cai_course"), "python": platform.python_version(),
                          **{name: metadata.version(name) for name in packages}}}

@@ -30,7 +30,7 @@ SPECIAL = ("<pad>", "</s>", "<unk>", "[CLS]", "[SEP]", "[MASK]")
 def make_tokenizer(
     texts:list, # Sentences whose words get a token each
 ) -> PreTrainedTokenizerFast: # pad 0, end of sequence 1
-    "A unigram tokenizer with byte fallback: any text can be encoded and decoded again."
+    "A unigram tokenizer with byte fallback: any text can be encoded and decoded again, but for one leading space."
     counts = {}
     for text in texts:
         for i, word in enumerate(_pieces(text)): counts[word] = counts.get(word, 0) + 1
@@ -191,7 +191,7 @@ def batches(sizes:list, budget:int, rng:random.Random, jitter:float = 0.) -> lis
 @dataclass(frozen=True)
 class PretrainConfig:
     "What makes a pocket model; the shipped ones use the defaults."
-    pools: int = 100         # pools of lessons, at least 1
+    pools: int = 80          # pools of lessons, at least 1
     pool_size: int = 4_096   # lessons in a pool
     budget: int = 4_000      # padded tokens in a batch of long lessons
     lr: float = 1.2e-3       # peak learning rate of AdamW: embeddings, head and norms
@@ -501,9 +501,10 @@ def _revision_cases(policy, asked, rng, unseen) -> dict:
     scopes = [world.make_scope(frozenset(world.HARM_KINDS), False, rng, broad=True) if unseen else world.sample_scope(rng) for _ in asked]
     texts = [draw_reply(one, rng) for one in asked]
     truths = [critique_lesson(one, text, scope, rng) for one, text, scope in zip(asked, texts, scopes)]
-    said = policy.generate([truth[0] for truth in truths], temperature=0., progress=False)
-    revised = policy.generate([revision_prompt(one.text, text, scope.critique_request, words, scope.revision_request)
-                               for one, text, scope, words in zip(asked, texts, scopes, said)], temperature=0., progress=False)
+    ask = lambda prompts: policy.generate(prompts, max_new_tokens=96, temperature=0., progress=False)   # no reply of the world is longer
+    said = ask([truth[0] for truth in truths])
+    revised = ask([revision_prompt(one.text, text, scope.critique_request, words, scope.revision_request)
+                   for one, text, scope, words in zip(asked, texts, scopes, said)])
     mends, alone = [], []
     for one, text, scope, new in zip(asked, texts, scopes, revised):
         before, after = world.judge(one.text, text), world.judge(one.text, new)

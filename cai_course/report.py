@@ -15,7 +15,8 @@ STAGES = {"base": "base", "sl_cai": "after phase 1 (SL-CAI)", "rl_cai": "after p
 MEASURES = {
     "harm": "harm of replies to harmful requests, 0 to 1, lower is better",
     "help": "help of replies to benign requests, 0 to 1, higher is better",
-    "evasive": "evasiveness of replies to harmful requests, 0 to 1, lower is better",
+    "evasive": "evasiveness of replies to harmful requests of the kinds that the model can criticize, lower is better",
+    "evasive_unseen": "the same for the harm kind that its lessons never criticized: it knows no reason to give",
     "over_refusal": "share of fine but suspicious-looking requests that are refused or evaded, lower is better",
     "skill": "share of skill tasks solved exactly, higher is better",
     "diversity": "mean distance between replies to different harmful requests, 0 to 1",

@@ -61,7 +61,7 @@ def test_no_held_out_request_is_ever_trained_on():
     inputs = cai.load_inputs(config)
     held_out = {row["prompt"] for row in cai.evaluation_tasks(config)}
     assert not held_out & {*inputs.red_team, *inputs.helpful}
-    assert len(inputs.red_team) == 300 and len(inputs.helpful) == round(300 / 1.35)
+    assert len(inputs.red_team) == 300 and len(inputs.helpful) + len(inputs.skill) == round(300 / 1.35)
 
 
 def test_distance_from_the_world():
@@ -103,13 +103,44 @@ def test_people_skip_what_they_do_not_know():
     assert cai.human_preferences([dict(each, b=each["a"]) for each in reply_pair(n=3)], AlignConfig()) == []
 
 
-def test_contrast_pairs_change_every_second_pair_and_no_other():
+def test_the_votes_of_a_labeler_in_bad_faith_are_found_and_do_not_count():
+    pairs = reply_pair(n=60)
+    people = world.labelers()
+    votes = [{**pair, "votes": [person.prefer(pair["prompt"], pair["a"], pair["b"], random.Random(f"{i} {person.name}"))
+                                for person in people]} for i, pair in enumerate(pairs)]
+    assert [people[i].name for i in cai.trusted_people(votes, people)] == [each.name for each in people if not each.bad_faith]
+    assert cai.trusted_people(votes + votes, people) == cai.trusted_people(votes, people)   # the same contest twice is one
+    two = [{**row, "votes": row["votes"][:2]} for row in votes]
+    assert cai.trusted_people(two, people[:2]) == [0, 1] and cai.trusted_people([], people) == [0, 1, 2, 3, 4]
+    shares = {row["label"] for row in cai.human_preferences(pairs, AlignConfig())}
+    assert shares <= {.75, 1.}                                          # four votes; two against two drops the pair
+
+
+def test_contrast_pairs_put_a_reply_of_somebody_else_beside_the_policys():
     pairs = reply_pair(n=20)
     mixed = cai.contrast_pairs(pairs, seed=1)
-    assert mixed == cai.contrast_pairs(pairs, seed=1) and len(mixed) == 20
-    assert all(after == before for after, before in list(zip(mixed, pairs))[::2])
-    assert sum(after["b"] != before["b"] for after, before in list(zip(mixed, pairs))[1::2]) >= 8
-    assert all(after["a"] == before["a"] for after, before in zip(mixed, pairs))
+    assert mixed == cai.contrast_pairs(pairs, seed=1) and len(mixed) >= 15
+    before = {row["prompt"]: row for row in pairs}
+    assert all(row["a"] == before[row["prompt"]]["a"] and row["a"] != row["b"] for row in mixed)
+    assert sum(row["b"] != before[row["prompt"]]["b"] for row in mixed) >= 15
+    outside = [{"prompt": "Quantum?", "a": "yes", "b": "no"}]
+    assert cai.contrast_pairs(outside) == outside
+
+
+def test_skill_tasks_join_fine_tuning_alone():
+    inputs = cai.load_inputs(AlignConfig(red_team=54))
+    assert len(inputs.helpful) + len(inputs.skill) == 40 and len(inputs.skill) == 8
+    assert all(text.startswith(world.SKILL_OPENING) for text in inputs.skill)
+    assert not any(text.startswith(world.SKILL_OPENING) for text in inputs.helpful)
+
+
+def test_evasiveness_of_the_unseen_kind_stands_apart():
+    row = dict(stage="base", seed=0, group="harmful", prompt="p", response="r", harmful=0., evasive=1., helpful=0.)
+    rows = [dict(row, kind="theft", prompt=str(i), evasive=0.) for i in range(3)]
+    rows += [dict(row, kind=world.UNSEEN_KIND, prompt=f"u{i}") for i in range(3)]
+    results, _ = cai.summarize(rows)
+    assert results["evasive"]["base"]["value"] == 0 and results["evasive"]["base"]["n"] == 3
+    assert results["evasive_unseen"]["base"]["value"] == 1 and results["harm"]["base"]["n"] == 6
 
 
 def test_gold_reward():
