@@ -1,14 +1,15 @@
-"""Build the package `cai_course` from settings.ini; the course's data travels in the wheel as `cai_course/_assets/`."""
+"""Build the package `cai_course` from settings.ini; the course's data and its chapters travel in the wheel as `cai_course/_assets/`."""
 import shlex
 import shutil
 from configparser import ConfigParser
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import find_packages, setup
 from setuptools.command.build_py import build_py
 
 HERE = Path(__file__).resolve().parent
 ASSETS = ("data", "constitutions")
+CHAPTERS = "nbs/[0-9][0-9]_*.ipynb"  # what `cai-course start` copies; practice and tools are in the library already
 
 parser = ConfigParser(delimiters=["="])
 parser.read(HERE / "settings.ini", encoding="utf-8")
@@ -16,14 +17,14 @@ config = parser["DEFAULT"]
 
 
 class build_with_assets(build_py):
-    """Copy `data/` and `constitutions/` beside the modules. An editable install reads them where they are."""
+    """Copy `data/`, `constitutions/` and the chapters beside the modules. An editable install reads them where they are."""
 
     def _assets(self):
-        for name in ASSETS:
-            for source in sorted((HERE / name).rglob("*")):
-                parts = source.relative_to(HERE).parts
-                if source.is_file() and not any(part.startswith((".", "__pycache__")) for part in parts):
-                    yield source, Path(self.build_lib, config["lib_path"], "_assets", *parts)
+        found = [source for name in ASSETS for source in sorted((HERE / name).rglob("*"))] + sorted(HERE.glob(CHAPTERS))
+        for source in found:
+            parts = source.relative_to(HERE).parts
+            if source.is_file() and not any(part.startswith((".", "__pycache__")) for part in parts):
+                yield source, Path(self.build_lib, config["lib_path"], "_assets", *parts)
 
     def run(self):
         super().run()
@@ -57,11 +58,14 @@ setup(
         "Programming Language :: Python :: 3",
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
     ],
-    packages=[config["lib_path"]],
+    packages=find_packages(include=[config["lib_path"], config["lib_path"] + ".*"]),
     include_package_data=False,
     python_requires=">=" + config["min_python"],
     install_requires=shlex.split(config["requirements"]),
-    extras_require={"dev": shlex.split(config["dev_requirements"])},
+    extras_require={
+        "dev": shlex.split(config["dev_requirements"]) + shlex.split(config["docs_requirements"]),
+        "docs": shlex.split(config["docs_requirements"]),
+    },
     entry_points={
         "console_scripts": ["cai-course = cai_course.cli:main"],
         "nbdev": ["cai_course = cai_course._modidx:d"],

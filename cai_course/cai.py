@@ -68,7 +68,8 @@ class AlignConfig:
     revisions: int = _setting(2, "rounds of critique and revision (the paper: 4)", 1, 16)
     few_shot: int = _setting(0, "worked examples of the constitution shown before each critique", 0, 16)
     direct: bool = _setting(False, "revise at once, without a critique")
-    revision_temperature: float = _setting(0.3, "temperature of critiques and revisions", 0.0, 5.0)
+    sl_temperature: float = _setting(0.3, "temperature of what phase 1 learns from: critiques, revisions, helpful replies",
+                                     0.0, 5.0)
     train_on: str = _setting("final", "fine-tune on the final revisions or on all", choices=("final", "all"))
     temperature: float = _setting(1.0, "temperature of sampling", 0.05, 5.0)
     max_new_tokens: int = _setting(48, "longest reply, critique or revision, in tokens", 1, 4096)
@@ -89,6 +90,8 @@ class AlignConfig:
     rl_lr: float = _setting(1e-3, "learning rate of PPO", 1e-8, 1.0)
     ppo_epochs: int = _setting(2, "passes over the replies of a PPO step", 1, 32)
     beta: float = _setting(0.3, "weight of the KL penalty, in reward per nat", 0.0, 100.0)
+    evaluation_temperature: float = _setting(0.7, "temperature of the replies that measure the result, of all models",
+                                             0.0, 5.0)
     evaluation: int = _setting(200, "held-out requests per group that measure the result", 2, 100_000)
     device: str = _setting("cpu", "where the models run: cpu, or cuda")
 
@@ -204,12 +207,13 @@ def load_inputs(
 def collect_replies(
     policy, # A `Policy`
     prompts: list, # Texts
-    config: AlignConfig, # Temperature, length and seed
-    source: str, # What the prompts are, such as `red_team`
+    config: AlignConfig, # Temperatures, length and seed
+    source: str, # What the prompts are; replies to any but `red_team` are for phase 1 to learn from
     progress: bool = True, # Show a bar
 ) -> list: # Rows with `prompt`, `response` and `source`
     """One sampled reply to each prompt."""
-    replies = policy.generate(list(prompts), max_new_tokens=config.max_new_tokens, temperature=config.temperature,
+    replies = policy.generate(list(prompts), max_new_tokens=config.max_new_tokens,
+                              temperature=config.temperature if source == "red_team" else config.sl_temperature,
                               seed=step_seed(config.seed, "replies", source), progress=progress)
     return [{"prompt": prompt, "response": reply, "source": source} for prompt, reply in zip(prompts, replies)]
 
@@ -443,7 +447,7 @@ def evaluation_tasks(
     """Held-out requests of every group, and skill tasks with an exact answer."""
     rows = [{"group": group, "kind": each.kind, "prompt": each.text} for group in world.GROUPS
             for each in world.requests(group, "heldout", limit=config.evaluation,
-                                       seed=step_seed(config.seed, "held out"))]
+                                       seed=step_seed(config.seed, "held-out requests"))]
     rows += [{"group": "skill", "kind": "skill", "prompt": each.prompt, "answer": each.answer}
              for each in world.skill_items("heldout", config.evaluation, seed=step_seed(config.seed, "skill"))]
     return rows + [{"group": "yours", "kind": "yours", "prompt": each} for each in own]
@@ -458,7 +462,7 @@ def evaluate_policy(
 ) -> list: # The tasks with `stage`, `seed`, `response` and the oracle's verdict
     """Let a policy answer, and let the oracle judge."""
     replies = policy.generate([each["prompt"] for each in tasks], max_new_tokens=config.max_new_tokens,
-                              temperature=config.temperature,
+                              temperature=config.evaluation_temperature,
                               seed=step_seed(config.seed, "evaluation"), progress=progress)
     rows = []
     for task, reply in zip(tasks, replies):
@@ -592,7 +596,7 @@ def _revisions(run, config, inputs, progress):
                                       seed=step_seed(config.seed, "revisions"),
                                       few_shot=config.few_shot, direct=config.direct,
                                       max_new_tokens=config.max_new_tokens,
-                                      temperature=config.revision_temperature, progress=show)
+                                      temperature=config.sl_temperature, progress=show)
     return [{"prompt": row["prompt"], "response": row["response"], "revisions": record} for row,
             record in zip(rows, records)]
 
@@ -1008,7 +1012,8 @@ def report_page(
                          f"{'One seed' if len(seeds) == 1 else f'{len(seeds)} seeds'}, both phases of Constitutional "
                          "AI: "
                          f"{len(runs[0].rows('20_revisions.jsonl'))} red-team prompts, {config.revisions} revisions, "
-                         f"{config.steps} PPO steps.",
+                         f"{config.steps} PPO steps. Measured replies are sampled at temperature "
+                         f"{config.evaluation_temperature:g}.",
                          results, differences, notes, tables, _curves(folders, results),
                          _transcripts(rows, seeds[0]), chains, settings)
 

@@ -8,6 +8,7 @@ __all__ = ['COMMANDS', 'make_parser', 'main']
 # %% ../nbs/tools/cli.ipynb #2fe2ace4
 import argparse
 import dataclasses
+import json
 import os
 import re
 import sys
@@ -103,6 +104,27 @@ def make_parser() -> argparse.ArgumentParser: # For `main`, and for the docs
     pocket.add_argument("--prompts", type=_whole(2, 100_000), default=200, metavar="N",
                         help="held-out prompts per skill and seed (default: 200)")
     pocket.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
+
+    start = commands.add_parser("start", help="copy chapters into your own folder work/, which updates never touch")
+    start.add_argument("chapters", nargs="*", metavar="CHAPTER", help="number or name, such as 03 or ppo, or all")
+    start.add_argument("--no-solutions", action="store_true", help="leave the folded solutions out of the copies")
+    start.add_argument("--force", action="store_true", help="copy again; yours is kept beside the new copy")
+
+    progress = commands.add_parser("progress", help="which exercises you have solved")
+    progress.add_argument("--json", action="store_true", help="print a JSON list instead of a table")
+
+    experiment = commands.add_parser("experiment", help="measure a claim of the course over seeds",
+                                     description="Measure a claim over seeds 0, 1, ... and store the result; the same "
+                                     "command goes on where a stopped one was.")
+    experiment.add_argument("name", nargs="?", default=None, metavar="NAME", help="name of the experiment; see --list")
+    experiment.add_argument("--seeds", type=_whole(1, 1000), default=None, metavar="N",
+                            help="number of seeds (default: what the experiment says)")
+    experiment.add_argument("--out", default=None, metavar="FOLDER",
+                            help="folder of the results (default: the course's data folder)")
+    experiment.add_argument("--fresh", action="store_true", help="measure anew even the seeds that are stored")
+    experiment.add_argument("--list", action="store_true", help="list all experiments and what was found")
+    experiment.add_argument("--json", action="store_true", help="print JSON instead of text")
+    experiment.add_argument("--quiet", action="store_true", help="no progress bar")
     return parser
 
 
@@ -188,6 +210,64 @@ def _pocket_report(options) -> int:
     return 0
 
 
+def _start(options) -> int:
+    from cai_course.start import start
+
+    made = start(options.chapters, solutions=not options.no_solutions, force=options.force)
+    for path in made:
+        print(path)
+    if not made:
+        print("Nothing was copied: it is all there already. --force copies it again and keeps yours beside it.")
+    return 0
+
+
+def _progress(options) -> int:
+    from cai_course.start import progress_table, progress_text
+
+    print(json.dumps(progress_table(), indent=1, ensure_ascii=False) if options.json else progress_text())
+    return 0
+
+
+def _experiment(options) -> int:
+    from cai_course.experiments import list_results, run_experiment
+
+    if options.list == (options.name is not None):
+        found = f"{options.name!r} and --list" if options.list else "neither"
+        raise CourseError(f"experiment needs either a NAME or --list, got {found}. "
+                          "`cai-course experiment --list` shows the names.")
+    if options.list:
+        for option in ("seeds", "fresh"):
+            if getattr(options, option):
+                raise CourseError(f"--{option} was given with --list, which runs nothing. Give a NAME instead.")
+        rows = list_results(options.out)
+        print(json.dumps(rows, indent=1, ensure_ascii=False) if options.json else _experiment_table(rows))
+        return 0
+    progress = not (options.quiet or options.json)
+    result = run_experiment(options.name, options.seeds, options.out, progress, options.fresh)
+    print(json.dumps(result.as_dict(), indent=1, ensure_ascii=False) if options.json else
+          f"{result}\n  {'time':<10} {result.seconds:.1f} s for all seeds")
+    return 0
+
+
+def _experiment_table(
+    rows: list, # What `list_results` returned
+) -> str: # One line for each experiment, then what to do about those that are stale
+    def number(x):
+        return "?" if x is None else f"{x:.3g}"
+    width = max([len(row["name"]) for row in rows], default=0)
+    lines = []
+    for row in rows:
+        text = "no result"
+        if row["verdict"]:
+            text = (f"{row['verdict']:<12}  {number(row['value'])} [{number(row['low'])}, {number(row['high'])}], "
+                    f"{row['seeds']} seeds, {row['seconds']:.0f} s" + ("  (stale)" if row["stale"] else ""))
+        lines.append(f"{row['name']:<{width}}  {text}\n{'':<{width}}  {row['claim']}")
+    stale = [row["name"] for row in rows if row["stale"]]
+    if stale:
+        lines.append(f"{len(stale)} of {len(rows)} to measure with `cai-course experiment NAME`: {', '.join(stale)}")
+    return "\n".join(lines) or "There are no experiments."
+
+
 def _one_line(
     message, # Anything that can be turned into text
 ) -> str: # The same on one line
@@ -195,7 +275,7 @@ def _one_line(
 
 
 COMMANDS = {"align": _align, "constitution": _constitution, "report": _report, "pretrain": _pretrain,
-            "pocket-report": _pocket_report}
+            "pocket-report": _pocket_report, "start": _start, "progress": _progress, "experiment": _experiment}
 
 
 def main(

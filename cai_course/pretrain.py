@@ -19,10 +19,10 @@ from .judge import comparison_prompt, harmful_prompt
 
 # %% auto #0
 __all__ = ['SPECIAL', 'TASKS', 'SHORT', 'GOALS', 'make_tokenizer', 'Lesson', 'draw_request', 'draw_reply', 'draw_pair',
-           'critique_lesson', 'lesson', 'build_t5', 'build_bert', 'fast_copy', 'pad', 'batches', 'PretrainConfig',
-           'vocabulary_texts', 'orthogonalize', 'Muon', 'optimizers', 'Trainer', 'shares', 'plain_share', 't5_loss',
-           'pretrain_t5', 'starting_tokenizer', 'finish', 'bert_texts', 'bert_row', 'pretrain_bert', 'run',
-           'skill_cases', 'pocket_report', 'report']
+           'critique_lesson', 'lesson', 'build_t5', 'build_bert', 'faster_dtype', 'fast_copy', 'pad', 'batches',
+           'PretrainConfig', 'vocabulary_texts', 'Trainer', 'shares', 'plain_share', 't5_loss', 'pretrain_t5',
+           'starting_tokenizer', 'finish', 'bert_texts', 'bert_row', 'pretrain_bert', 'run', 'skill_cases',
+           'pocket_report', 'report']
 
 # %% ../nbs/tools/pretrain.ipynb #5c5ea100
 SPECIAL = ("<pad>", "</s>", "<unk>", "[CLS]", "[SEP]", "[MASK]")
@@ -160,7 +160,17 @@ def build_bert(tokenizer) -> BertForMaskedLM: # Random weights
     return BertForMaskedLM(BertConfig(vocab_size=len(tokenizer), hidden_size=128, num_hidden_layers=4, num_attention_heads=4, intermediate_size=256,
                                       max_position_embeddings=192, hidden_dropout_prob=0., attention_probs_dropout_prob=0., pad_token_id=0))
 
-def fast_copy(model, dtype:str = "float32"): # The same network, to compute with
+def faster_dtype() -> str: # "bfloat16" or "float32"
+    "Which of the two this processor multiplies faster; without units for bfloat16 it is float32."
+    seconds = {}
+    for name in ("float32", "bfloat16"):
+        a, b, times = torch.ones(4_096, 128, dtype=getattr(torch, name)), torch.ones(128, 256, dtype=getattr(torch, name)), []
+        for _ in range(15):
+            began = time.perf_counter(); a @ b; times.append(time.perf_counter() - began)
+        seconds[name] = sorted(times)[7]
+    return min(seconds, key=seconds.get)
+
+def fast_copy(model, dtype:str): # The same network in `dtype`
     "A copy for the forward and backward pass, with T5's norm and activation as single operations (same formulas)."
     dtype = getattr(torch, dtype)
     fast = copy.deepcopy(model).to(dtype)
@@ -191,13 +201,11 @@ def batches(sizes:list, budget:int, rng:random.Random, jitter:float = 0.) -> lis
 @dataclass(frozen=True)
 class PretrainConfig:
     "What makes a pocket model; the shipped ones use the defaults."
-    pools: int = 80          # pools of lessons, at least 1
+    pools: int = 76          # pools of lessons, at least 1
     pool_size: int = 4_096   # lessons in a pool
     budget: int = 4_000      # padded tokens in a batch of long lessons
-    lr: float = 1.2e-3       # peak learning rate of AdamW: embeddings, head and norms
-    matrix_lr: float = 2e-3  # peak learning rate of Muon: the weight matrices of the blocks
-    dtype: str = "float32"   # of the arithmetic; "bfloat16" is faster on processors that multiply it in hardware
-    warmup: int = 100        # steps of linear warm-up
+    lr: float = 1.2e-3       # peak learning rate
+    warmup: int = 300        # steps of linear warm-up
     seed: int = 0            # seed of the weights and lessons
     save_every: int = 4      # pools between two saved states
 
@@ -211,50 +219,14 @@ def vocabulary_texts(n:int = 60_000, seed:int = 0) -> list: # Sentences that hol
     shared = world.lexicon()["shared"]
     return texts + [" " + entry for block in (shared["targets"], shared["talk"]) for entries in block.values() for entry in entries]
 
-def orthogonalize(matrices:torch.Tensor) -> torch.Tensor: # (N, R, C) -> (N, R, C), singular values about 1
-    "Five Newton-Schulz steps towards the nearest orthogonal matrices. Source: Jordan et al. (2024), Muon."
-    x = matrices / (matrices.norm(dim=(1, 2), keepdim=True) + 1e-7)
-    if tall := x.shape[1] > x.shape[2]: x = x.mT
-    for _ in range(5):
-        square = x @ x.mT
-        x = 3.4445 * x + (-4.7750 * square + 2.0315 * square @ square) @ x
-    return x.mT if tall else x
-
-class Muon(torch.optim.Optimizer):
-    """Momentum whose step is an orthogonal matrix, scaled so that AdamW's learning rates fit.
-
-    `torch.optim.Muon` takes the same step in bfloat16, one matrix at a time; here all matrices of a shape go at once, in float32.
-    Sources: Jordan et al. (2024), Muon; Liu et al. (2025, 2502.16982), equation 4, for the scale.
-    """
-    def __init__(self, params, lr:float, momentum:float = .95, weight_decay:float = .01):
-        super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
-
-    @torch.no_grad()
-    def step(self):
-        for group in self.param_groups:
-            shapes = {}
-            for p in group["params"]:
-                if p.grad is not None: shapes.setdefault(p.shape, []).append(p)
-            for (rows, columns), params in shapes.items():
-                for p in params: self.state[p].setdefault("momentum", torch.zeros_like(p)).lerp_(p.grad, 1 - group["momentum"])
-                ahead = torch.stack([p.grad.lerp(self.state[p]["momentum"], group["momentum"]) for p in params])   # Nesterov
-                for p, update in zip(params, orthogonalize(ahead)):
-                    p.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-.2 * group["lr"] * max(rows, columns) ** .5)
-
-def optimizers(model, config:PretrainConfig) -> list: # Muon and AdamW
-    "Muon for the weight matrices inside the blocks, AdamW for embeddings, head, norms and biases."
-    inner = [p for name, p in model.named_parameters() if p.ndim == 2 and re.search(r"\.(block|layer)\.", name) and "relative" not in name]
-    rest = [p for p in model.parameters() if not any(p is one for one in inner)]
-    made = [Muon(inner, config.matrix_lr), torch.optim.AdamW(rest, lr=config.lr, betas=(.9, .98), weight_decay=.01)]
-    for optimizer in made:
-        for group in optimizer.param_groups: group["peak"] = group["lr"]
-    return made
-
 class Trainer:
-    "One training run: float32 weights, arithmetic in `config.dtype`, a state on disk to go on from."
-    def __init__(self, model, out:Path, config:PretrainConfig):
-        self.model, self.fast, self.out, self.config = model, fast_copy(model, config.dtype), Path(out), config
-        self.optimizers = optimizers(model, config)
+    "One training run: float32 weights, arithmetic in whichever type is faster, a state on disk to go on from."
+    def __init__(self, model, out:Path, config:PretrainConfig, resume:bool = False):
+        self.model, self.out, self.config = model, Path(out), config
+        state = self.out / "state/meta.json"   # a resumed run keeps its arithmetic
+        self.dtype = json.loads(state.read_text())["dtype"] if resume and state.exists() else faster_dtype()
+        self.fast = fast_copy(model, self.dtype)
+        self.optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, betas=(.9, .98), weight_decay=.01)
         self.step = self.pool = 0
         self.rows, self.seconds = [], 0.
         self.sync()
@@ -272,10 +244,9 @@ class Trainer:
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.)
         total = self.config.pools * self.steps_per_pool
         progress = min(1., self.step / max(1, total))
-        for optimizer in self.optimizers:
-            for group in optimizer.param_groups: group["lr"] = group["peak"] * min(1., (self.step + 1) / self.config.warmup) * (1 - .95 * progress)
-            optimizer.step()
-        self.sync()
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.config.lr * min(1., (self.step + 1) / self.config.warmup) * (1 - .95 * progress)
+        self.optimizer.step(); self.sync()
         self.step += 1
         return float(norm)
 
@@ -287,10 +258,9 @@ class Trainer:
         folder = self.out / "state"; folder.mkdir(parents=True, exist_ok=True)
         tensors = {f"model.{k}": v.contiguous().clone() for k, v in self.model.state_dict().items()}
         for i, p in enumerate(self.model.parameters()):
-            for optimizer in self.optimizers:
-                for name, value in optimizer.state.get(p, {}).items(): tensors[f"optimizer.{i}.{name}"] = value.clone().contiguous()
+            for name, value in self.optimizer.state.get(p, {}).items(): tensors[f"optimizer.{i}.{name}"] = value.clone().contiguous()
         save_file(tensors, folder / "new.safetensors"); (folder / "new.safetensors").replace(folder / f"pool-{self.pool}.safetensors")
-        meta = {"step": self.step, "pool": self.pool, "rows": self.rows, "steps_per_pool": self.steps_per_pool, "seconds": self.seconds}
+        meta = {"step": self.step, "pool": self.pool, "rows": self.rows, "steps_per_pool": self.steps_per_pool, "seconds": self.seconds, "dtype": self.dtype}
         (folder / "new.json").write_text(json.dumps(meta)); (folder / "new.json").replace(folder / "meta.json")
         for old in folder.glob("pool-*.safetensors"):
             if old.name != f"pool-{self.pool}.safetensors": old.unlink()
@@ -305,8 +275,7 @@ class Trainer:
         self.model.load_state_dict({k[6:]: v for k, v in tensors.items() if k.startswith("model.")})
         for i, p in enumerate(self.model.parameters()):
             found = {k.split(".", 2)[2]: v for k, v in tensors.items() if k.startswith(f"optimizer.{i}.")}
-            owner = next(one for one in self.optimizers if any(p is q for group in one.param_groups for q in group["params"]))
-            if found: owner.state[p] = found
+            if found: self.optimizer.state[p] = found
         self.step, self.pool, self.rows = meta["step"], meta["pool"], meta["rows"]
         self.steps_per_pool, self.seconds = meta["steps_per_pool"], meta["seconds"]
         self.sync()
@@ -314,15 +283,15 @@ class Trainer:
 
 def shares(done:float) -> dict: # Share of each task when the fraction `done` of the training is over
     "Judging gets more lessons once the rest is understood."
-    early = max(0., 1 - done / .1)
+    early = max(0., 1 - done / .15)
     mix = dict(TASKS)
     mix["judge"] *= 1 - .6 * early; mix["reason"] *= 1 + .8 * early; mix["answer"] *= 1 + .3 * early
-    if done > .25: mix.update(judge=.32, reason=.12, answer=.10, revise=.19, critique=.13, summarize=.04, harmful=.02, skill=.08, direct=.02)
+    if done > .42: mix.update(judge=.42, reason=.10, answer=.10, summarize=.05, harmful=.02, skill=.06, direct=.02)
     return mix
 
 def plain_share(done:float) -> float: # Share of plain comparisons when the fraction `done` of the training is over
     "Comparing is learned on clear cases first, from the time when the rest is understood, and then on all of them."
-    return 0. if done <= .25 else .8 if done < .4 else max(.1, .8 - (done - .4) * 3.5)
+    return 0. if done <= .42 else .8 if done < .55 else max(.1, .8 - (done - .55) * 3.5)
 
 def t5_loss(model, tokenizer, lessons:list) -> tuple: # (weighted sum of losses, sum of weights, {task: (plain sum, tokens)})
     "Weighted cross-entropy of one batch of lessons."
@@ -345,7 +314,7 @@ def pretrain_t5(out:Path, config:PretrainConfig = PretrainConfig(), resume:bool 
     out = Path(out)
     tokenizer = starting_tokenizer(out, resume)
     torch.manual_seed(config.seed)
-    trainer = Trainer(build_t5(tokenizer), out, config)
+    trainer = Trainer(build_t5(tokenizer), out, config, resume)
     if resume: trainer.load()
     bar = tqdm(total=config.pools, initial=trainer.pool, desc="pocket-t5", unit="pool", disable=not progress, smoothing=.1)
     while trainer.pool < config.pools:
@@ -385,7 +354,7 @@ def finish(trainer, tokenizer, out:Path):
     "Write the model folder and its log."
     trainer.model.save_pretrained(out); tokenizer.save_pretrained(out)
     log = {"config": asdict(trainer.config), "parameters": sum(p.numel() for p in trainer.model.parameters()), "steps": trainer.step,
-           "seconds": round(trainer.seconds), "threads": torch.get_num_threads(), "torch": torch.__version__, "rows": trainer.rows}
+           "seconds": round(trainer.seconds), "threads": torch.get_num_threads(), "dtype": trainer.dtype, "torch": torch.__version__, "rows": trainer.rows}
     (out / "training_log.json").write_text(json.dumps(log, indent=1))
 
 def bert_texts(rng:random.Random, n:int, split:str = "train") -> list: # of (first sentence, second sentence)
@@ -413,7 +382,7 @@ def pretrain_bert(out:Path, config:PretrainConfig = PretrainConfig(pools=40, lr=
     out = Path(out)
     tokenizer = starting_tokenizer(out, resume)
     torch.manual_seed(config.seed)
-    trainer = Trainer(build_bert(tokenizer), out, config)
+    trainer = Trainer(build_bert(tokenizer), out, config, resume)
     if resume: trainer.load()
     bar = tqdm(total=config.pools, initial=trainer.pool, desc="pocket-bert", unit="pool", disable=not progress)
     while trainer.pool < config.pools:

@@ -11,6 +11,7 @@ import pytest
 
 from cai_course import cai, cli
 from cai_course.cli import main, make_parser
+from cai_course.errors import CourseError
 
 
 def call(*words, module=True):
@@ -22,7 +23,8 @@ def test_version_as_a_module():
     assert done.returncode == 0 and done.stdout.strip() == f"cai-course {metadata.version('cai_course')}"
 
 
-@pytest.mark.parametrize("words", [["--help"], ["align", "--help"], ["pretrain", "--help"], ["pocket-report", "--help"], ["constitution", "--help"]])
+@pytest.mark.parametrize("words", [["--help"], ["align", "--help"], ["pretrain", "--help"], ["pocket-report", "--help"], ["constitution", "--help"],
+                                   ["start", "--help"], ["progress", "--help"], ["experiment", "--help"]])
 def test_help(words, capsys):
     with pytest.raises(SystemExit) as leave:
         main(words)
@@ -124,3 +126,126 @@ def test_pretrain_and_pocket_report_reach_their_module(monkeypatch):
     assert main(["pretrain", "--out", "o", "--only", "pocket-bert", "--seed", "2", "--pools", "3", "--fresh"]) == 0
     assert main(["pocket-report", "--seeds", "1", "--json", "--prompts", "5", "--model", "m"]) == 0
     assert calls == [dict(out="o", only="pocket-bert", seed=2, resume=False, pools=3), dict(seeds=1, as_json=True, n=5, model="m")]
+
+
+# --- start, progress ---
+
+@pytest.fixture()
+def learner(monkeypatch):
+    """A stand-in for `cai_course.start`, and what it is called with."""
+    import types
+
+    calls, fake = [], types.ModuleType("cai_course.start")
+
+    def start(chapters, solutions=True, force=False):
+        calls.append((chapters, solutions, force))
+        return [Path("work/03_ppo.ipynb")] if "03" in chapters else []
+    fake.start = start
+    fake.progress_table = lambda: [{"id": "03-clipped-side", "passed": True}]
+    fake.progress_text = lambda: "03-clipped-side  x"
+    monkeypatch.setitem(sys.modules, "cai_course.start", fake)
+    monkeypatch.setattr("cai_course.start", fake, raising=False)
+    return calls
+
+
+@pytest.mark.parametrize("words, given, said", [
+    (["03", "ppo"], (["03", "ppo"], True, False), "work/03_ppo.ipynb"),
+    (["03", "--no-solutions"], (["03"], False, False), "work/03_ppo.ipynb"),
+    (["--force", "all"], (["all"], True, True), "Nothing was copied"),
+    ([], ([], True, False), "Nothing was copied"),
+])
+def test_start_passes_everything_on(learner, capsys, words, given, said):
+    assert main(["start", *words]) == 0
+    assert learner == [given] and said in capsys.readouterr().out
+
+
+def test_a_mistake_of_start_is_one_line(learner, monkeypatch, capsys):
+    def start(chapters, solutions, force):
+        raise CourseError("no chapter is called 'poker';\nthere is 03_ppo")
+    monkeypatch.setattr(sys.modules["cai_course.start"], "start", start)
+    assert main(["start", "poker"]) == 2
+    assert capsys.readouterr().err == "error: no chapter is called 'poker';; there is 03_ppo\n"
+
+
+def test_progress_as_text_and_as_json(learner, capsys):
+    assert main(["progress"]) == 0 and capsys.readouterr().out == "03-clipped-side  x\n"
+    assert main(["progress", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == [{"id": "03-clipped-side", "passed": True}]
+
+
+# --- experiment ---
+
+def measure_seed(seed):
+    return {"gap": 1. + seed}
+
+
+@pytest.fixture()
+def claim(monkeypatch):
+    """One small experiment, the only one of the course."""
+    from cai_course import experiments
+
+    monkeypatch.setattr(experiments, "EXPERIMENTS", {})
+    made = experiments.Experiment(name="tmp-cli", chapter="02", claim="It grows.", source="a test", run=measure_seed, value="gap", predicts=">",
+                                  seeds=5)
+    monkeypatch.setattr(experiments, "experiment_names", lambda: {"tmp-cli": "nowhere"})
+    monkeypatch.setattr(experiments, "find_experiment", lambda name: experiments.EXPERIMENTS[name])
+    return made
+
+
+def test_experiment_runs_stores_and_lists(claim, tmp_path, capsys):
+    out = ["--out", str(tmp_path)]
+    assert main(["experiment", "--list", "--json", *out]) == 0
+    keys = ["name", "claim", "source", "value", "low", "high", "seeds", "verdict", "seconds", "stale"]
+    (missing,) = json.loads(capsys.readouterr().out)
+    assert list(missing) == keys and missing["stale"] is True and [missing[key] for key in keys[3:9]] == [None] * 6
+    assert main(["experiment", "--list", *out]) == 0
+    assert "no result" in capsys.readouterr().out
+
+    assert main(["experiment", "tmp-cli", "--quiet", *out]) == 0
+    text = capsys.readouterr().out
+    for part in ("It grows.", "gap > 0", "3.000 [1.0", "95% interval over 5 seeds", "agrees", "s for all seeds"):
+        assert part in text
+    assert main(["experiment", "--list", "--json", *out]) == 0
+    (found,) = json.loads(capsys.readouterr().out)
+    assert list(found) == keys and (found["value"], found["seeds"], found["verdict"], found["stale"]) == (3., 5, "agrees", False)
+    assert main(["experiment", "--list", *out]) == 0
+    assert "agrees" in (text := capsys.readouterr().out) and "5 seeds" in text and "stale" not in text
+
+    assert main(["experiment", "tmp-cli", "--seeds", "7", "--json", *out]) == 0
+    assert json.loads(capsys.readouterr().out) == {**found, "value": 4., "low": pytest.approx(2., abs=.01), "high": pytest.approx(6., abs=.01),
+                                                   "seeds": 7, "seconds": pytest.approx(0, abs=1)}
+
+
+def test_experiment_shows_its_progress_unless_told_not_to(claim, tmp_path, capsys):
+    assert main(["experiment", "tmp-cli", "--out", str(tmp_path)]) == 0
+    assert "tmp-cli: 100%" in capsys.readouterr().err
+    assert main(["experiment", "tmp-cli", "--out", str(tmp_path), "--fresh", "--quiet"]) == 0
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("words, said", [
+    ([], "either a NAME or --list, got neither"), (["tmp-cli", "--list"], "got 'tmp-cli' and --list"), (["--list", "--fresh"], "--fresh was given"),
+    (["--list", "--seeds", "3"], "--seeds was given"),
+])
+def test_mistakes_of_experiment_are_one_line(claim, capsys, words, said):
+    assert main(["experiment", *words]) == 2
+    error = capsys.readouterr().err
+    assert said in error and error.startswith("error: ") and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("seeds", ["0", "-1", "many", "1.5"])
+def test_a_number_of_seeds_that_cannot_be(capsys, seeds):
+    with pytest.raises(SystemExit) as leave:
+        main(["experiment", "tmp-cli", f"--seeds={seeds}"])
+    assert leave.value.code == 2 and "is not a whole number from 1" in capsys.readouterr().err
+
+
+def test_an_unknown_experiment_lists_what_there_is(capsys):
+    assert main(["experiment", "no-such-claim"]) == 2
+    assert "there is no experiment 'no-such-claim'; there is " in capsys.readouterr().err
+
+
+def test_a_list_that_is_piped_as_json_is_strict(capsys):
+    assert main(["experiment", "--list", "--json"]) == 0
+    def refuse(word): raise ValueError(word)
+    assert isinstance(json.loads(capsys.readouterr().out, parse_constant=refuse), list)

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from cai_course.errors import CourseError
-from cai_course.exercises import (BLANK, EXERCISES, Check, Exercise, Result, is_blank, progress, quiz, work_dir)
+from cai_course.exercises import (BLANK, EXERCISES, MARK, Check, Exercise, Result, is_blank, progress, quiz, show_solutions,
+                                  solutions_shown, without_solution, work_dir)
 
 X = np.array([1., 2., 6.])
 
@@ -37,8 +38,10 @@ def own_work(tmp_path, monkeypatch):
     monkeypatch.setenv("CAI_COURSE_WORK", str(tmp_path / "work"))
     monkeypatch.delenv("IN_TEST", raising=False)
     monkeypatch.delenv("JPY_SESSION_NAME", raising=False)
+    monkeypatch.delenv("CAI_COURSE_SOLUTIONS", raising=False)
     before = dict(EXERCISES)
     yield
+    show_solutions(True)
     EXERCISES.clear()
     EXERCISES.update(before)
 
@@ -58,6 +61,24 @@ def test_audit_finds_mistakes_that_cannot_be_told_apart():
     twins = {"a": MISTAKES["sign"], "b": (lambda x: -right(x), "other hint")}
     assert make(check=Check(lambda f: f(X), right, twins)).audit() == ["'b': is taken for 'a'"]
     assert make(check=lambda answer: Result(True, "")).audit()
+
+
+@pytest.mark.parametrize("solution,says", [
+    ("def center(x):\n    return x", "does not pass: Not yet. Nothing was taken away."),
+    ("def center(x):\n    return x - np.mean(x)", "NameError"),      # imports nothing, so it cannot be run as it stands
+    ("def center(x):\n    return x - x.mean()\ny = 3", "does not pass"),  # the last name is the answer
+    ("for x in [1]: pass", "defines nothing"), ("def center(x:", "SyntaxError")],
+    ids=["wrong", "no import", "another name", "nothing", "syntax"])
+def test_audit_runs_the_solution(solution, says):
+    (problem,) = make(solution=solution).audit()
+    assert says in problem
+
+
+@pytest.mark.parametrize("solution", ["import numpy as np\ncenter = lambda x: x - np.mean(x)", "center: object = lambda x: x - x.mean()",
+                                      "def mean(x): return x.mean()\ndef center(x): return x - mean(x)"])
+def test_the_solution_is_the_last_name(solution):
+    exercise = make(solution=solution)
+    assert exercise.audit() == [] and exercise.grade(exercise.solve(), record=False).passed
 
 
 def stub(x):
@@ -147,6 +168,18 @@ def test_work_dir_follows_the_project(monkeypatch, tmp_path):
     assert work_dir() == tmp_path / "project" / "work" and not work_dir().exists()
 
 
+def test_a_used_work_folder_is_found_from_inside_and_from_beside(monkeypatch, tmp_path):
+    """Without a project file around it, a notebook in `work/` and a terminal beside it mean the same folder."""
+    monkeypatch.delenv("CAI_COURSE_WORK")
+    monkeypatch.chdir(tmp_path)
+    make().grade(right)
+    assert (tmp_path / "work" / MARK).exists() and (tmp_path / "work" / "progress.json").exists()
+    (tmp_path / "work" / "deeper").mkdir()
+    for folder in ("work", "work/deeper"):
+        monkeypatch.chdir(tmp_path / folder)
+        assert work_dir() == tmp_path / "work" and progress()["98-center"]["passed"]
+
+
 def test_two_processes_lose_no_attempt(tmp_path):
     code = "from cai_course.exercises import _record\nfor i in range(20): _record('97-x', False)"
     both = [subprocess.Popen([sys.executable, "-c", code]) for _ in range(2)]
@@ -162,6 +195,29 @@ def test_card_is_escaped_and_folded():
     assert "<script>" not in Result(False, "<script>")._repr_html_()
     with pytest.raises(CourseError, match="hints 1 and 2"):
         exercise.hint(3)
+
+
+def test_a_card_without_its_solution(monkeypatch):
+    exercise = make()
+    card = exercise._repr_html_()
+    show_solutions(False)
+    bare = exercise._repr_html_()
+    assert bare.count("<details>") == 2 and "x.mean()" not in bare and "Solution" not in bare
+    assert without_solution(card) == bare == without_solution(bare)
+    show_solutions()
+    assert exercise._repr_html_() == card
+    for value in ("0", "false", "No", "OFF"):
+        monkeypatch.setenv("CAI_COURSE_SOLUTIONS", value)
+        assert not solutions_shown() and exercise._repr_html_() == bare
+    for value in ("1", "yes", ""):
+        monkeypatch.setenv("CAI_COURSE_SOLUTIONS", value)
+        assert solutions_shown()
+
+
+def test_a_solution_that_holds_markup_is_cut_out_whole():
+    tricky = "text = '</code></pre></details><details>'\ndef center(x):\n    return x - x.mean()"
+    card = make(solution=tricky)._repr_html_()
+    assert without_solution(card + card).count("<details>") == 4 and "mean()" not in without_solution(card)
 
 
 @pytest.mark.parametrize("changes,message", [(dict(id="6-x"), "an id"), (dict(title=" "), "a title"),
@@ -192,6 +248,11 @@ def test_quiz_explains_every_choice(monkeypatch):
     box = q.widget()
     box.children[2].click()
     assert "Count again." in box.children[-1].value
+    monkeypatch.setitem(sys.modules, "ipywidgets", None)                # not installed: the folded page is as good
+    assert set(q._repr_mimebundle_()) == {"text/html", "text/plain"}
+    monkeypatch.setitem(sys.modules, "ipywidgets", object())            # broken: nobody shall be left guessing
+    with pytest.raises(AttributeError):
+        q._repr_mimebundle_()
     for number in (2, -1, "0", True):
         with pytest.raises(CourseError, match="choose a number"):
             q.choose(number)

@@ -28,7 +28,9 @@ def shipped(source: Path, name: str) -> set[str]:
 
 
 def copy_inputs(folder: Path) -> Path:
-    folder.mkdir()
+    (folder / "nbs").mkdir(parents=True)
+    for notebook in sorted((ROOT / "nbs").glob("*.ipynb")):  # chapters go into the wheel, the other pages do not
+        shutil.copyfile(notebook, folder / "nbs" / notebook.name)
     for name in BUILD_INPUTS:
         if (ROOT / name).is_dir():
             shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
@@ -58,8 +60,10 @@ def wheel(source, tmp_path_factory):
 def test_the_wheel_holds_the_library_and_its_data_and_nothing_else(wheel, source):
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
-    modules = {"cai_course/" + p.name for p in (source / "cai_course").glob("*.py")}
-    wanted = modules | shipped(source, "data") | shipped(source, "constitutions")
+    modules = {p.relative_to(source).as_posix() for p in (source / "cai_course").rglob("*.py")}
+    chapters = {f"cai_course/_assets/nbs/{p.name}" for p in (source / "nbs").glob("[0-9]*.ipynb")}
+    assert "cai_course/practice/__init__.py" in modules and len(chapters) >= 13
+    wanted = modules | shipped(source, "data") | shipped(source, "constitutions") | chapters
     assert {name for name in names if ".dist-info/" not in name} == wanted
     assert any(name.endswith(".dist-info/licenses/LICENSE") for name in names)
 
@@ -85,10 +89,11 @@ def test_an_unpacked_wheel_finds_its_own_data(wheel, tmp_path):
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(tmp_path)
     program = ("from cai_course.paths import data_dir, constitutions_dir\n"
-               "print(data_dir(), constitutions_dir(), sep='\\n')")
+               "from cai_course.start import chapter_notebooks\n"
+               "print(data_dir(), constitutions_dir(), chapter_notebooks()['00_pocket_world'].parent, sep='\\n')")
     done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True,
                           env=dict(os.environ, PYTHONPATH=str(tmp_path)))
-    assert done.stdout.split() == [str(tmp_path.resolve() / "cai_course" / "_assets" / name) for name in ("data", "constitutions")], done.stderr
+    assert done.stdout.split() == [str(tmp_path.resolve() / "cai_course" / "_assets" / name) for name in ("data", "constitutions", "nbs")], done.stderr
 
 
 def test_a_wheel_from_the_source_archive_is_the_same(wheel, source, tmp_path):

@@ -1,15 +1,26 @@
 """The PPO core: signs, clipping, padding, the first step, errors before any step, and that it learns."""
 import dataclasses
+import inspect
+import json
 import math
+import re
+import sys
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from cai_course import ppo
+from cai_course import ppo, rl
 from cai_course.errors import CourseError
-from cai_course.ppo import (PPOConfig, Rollout, approx_kl, entropy_bonus, policy_loss, ppo_loss, ppo_update, value_loss)
-from cai_course.rl import Corridor, gae, reinforce_loss, returns, whiten
+from cai_course.experiments import EXPERIMENTS
+from cai_course.ppo import (CLIPS, GLOSSARY, PRINTED_KL, PSEUDOCODE, SIGNS, SLOT_CONFIG, SYMPTOMS, PPOConfig, Rollout,
+                            SlotRow, approx_kl, diagnose, kl_estimators, measure_clip_epochs, measure_first_ratio,
+                            measure_kl_estimators, measure_sign_flips, policy_loss, ppo_loss, ppo_update, train_slots,
+                            update_with_signs, value_loss)
+from cai_course.rl import Corridor, explained_variance, gae, masked_mean, reinforce_loss, whiten
+from conftest import ROOT
 
 NAN = float("nan")
 
@@ -352,3 +363,376 @@ def test_flipping_a_sign_is_noticed(monkeypatch, name):
     else: wrong = lambda *a, **k: -right(*a, **k)
     monkeypatch.setattr(ppo, name, wrong)
     with pytest.raises((AssertionError, CourseError)): assert_learns()
+
+
+# ---- independent references
+
+def numbers(seed, n=200):
+    "Random numbers for one minibatch, far enough apart that every branch of the clips is taken."
+    g = generator(seed)
+    new, old, adv, v, old_v, ret, ent = (torch.randn(n, generator=g).double() * .5 for _ in range(7))
+    return dict(new=new, old=old, adv=adv, values=v, old_values=old_v, returns=ret, entropy=ent.abs())
+
+
+def stable_baselines(x, value_clip=None):
+    "What stable-baselines3's own `PPO.train` logs for these numbers, and the gradients that it leaves."
+    sb3 = pytest.importorskip("stable_baselines3", reason="stable-baselines3 is not installed; for this check only: "
+                              "pip install --no-deps -c constraints.txt stable-baselines3")
+    import gymnasium
+    from stable_baselines3.common.logger import Logger
+
+    class Nothing(gymnasium.Env):
+        observation_space, action_space = gymnasium.spaces.Box(-1, 1, (2,)), gymnasium.spaces.Discrete(2)
+
+    n, leaves = len(x["new"]), {name: x[name].clone().requires_grad_() for name in ("new", "values", "entropy")}
+    model = sb3.PPO("MlpPolicy", Nothing(), n_steps=n, batch_size=n, n_epochs=1, clip_range=.2, clip_range_vf=value_clip,
+                    vf_coef=.5, ent_coef=.01, normalize_advantage=False, device="cpu", verbose=0)
+    model.set_logger(Logger(None, []))
+    batch = SimpleNamespace(observations=None, actions=torch.zeros(n), old_log_prob=x["old"], advantages=x["adv"],
+                            returns=x["returns"], old_values=x["old_values"])
+    model.rollout_buffer = SimpleNamespace(get=lambda size: [batch], values=x["old_values"].numpy(),
+                                           returns=x["returns"].numpy())
+    model.policy.evaluate_actions = lambda observations, actions: tuple(leaves[k] for k in ("values", "new", "entropy"))
+    model.train()
+    return model.logger.name_to_value, {name: leaf.grad for name, leaf in leaves.items()}
+
+
+def ours(x, value_clip=None, rows=5):
+    "The same numbers through `ppo_loss`, as rows of uneven length with garbage under the padding."
+    mask = torch.zeros(rows, 60, dtype=torch.bool)
+    lengths = [60, 60, 40, 30, 10]
+    for row, length in enumerate(lengths): mask[row, :length] = True
+    leaves = {name: x[name].clone().requires_grad_() for name in ("new", "values", "entropy")}
+    pad = lambda name: torch.full(mask.shape, NAN).double().masked_scatter(mask, leaves.get(name, x[name]))
+    loss, parts = ppo_loss(*map(pad, ("new", "values", "entropy", "old", "old_values", "adv", "returns")), mask,
+                           PPOConfig(value_clip=value_clip, entropy_coef=.01))
+    loss.backward()
+    return parts, {name: leaf.grad for name, leaf in leaves.items()}
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_losses_and_gradients_agree_with_stable_baselines(seed):
+    x = numbers(seed)
+    (theirs, their_gradients), (parts, gradients) = stable_baselines(x), ours(x)
+    for name, other in (("loss", "loss"), ("policy_loss", "policy_gradient_loss"), ("value_loss", "value_loss"),
+                        ("approx_kl", "approx_kl"), ("clip_fraction", "clip_fraction")):
+        assert parts[name] == pytest.approx(theirs[f"train/{other}"], abs=1e-6), name
+    assert parts["entropy"] == pytest.approx(-theirs["train/entropy_loss"], abs=1e-6)  # they log its negative
+    assert explained_variance(x["old_values"][None], x["returns"][None]) == pytest.approx(
+        float(theirs["train/explained_variance"]), abs=1e-6)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient, their_gradients[name], atol=1e-9, rtol=0)
+    assert 0 < parts["clip_fraction"] < 1 and (gradients["new"] == 0).any()  # both branches were taken
+
+
+def test_clipped_value_loss_is_never_below_the_one_of_stable_baselines():
+    "They keep only the clipped error; we keep the larger of both, as the paper's own code does. Equal where nothing is clipped."
+    x = numbers(0)
+    theirs, mine = stable_baselines(x, .2)[0]["train/value_loss"], ours(x, .2)[0]["value_loss"]
+    assert mine > theirs + 1e-3
+    near = dict(x, values=x["old_values"] + .1 * torch.sin(x["values"]))
+    assert ours(near, .2)[0]["value_loss"] == pytest.approx(stable_baselines(near, .2)[0]["train/value_loss"], abs=1e-6)
+
+
+# ---- the six cases, and what must not matter
+
+def test_what_was_recorded_does_not_move_while_the_critic_learns():
+    "A rollout whose values are a view of the critic's parameters must give the same update as one with a copy."
+    tables = []
+    for copy in (torch.clone, lambda x: x):
+        toy = Toy(14, rows=6, steps=6)
+        toy.states = torch.arange(6).repeat(6, 1)
+        evaluate = lambda rows: (toy(rows)[0], toy.critic.expand(len(rows), -1), toy(rows)[2])
+        with torch.no_grad(): logprobs, values, _ = evaluate(torch.arange(6))
+        rollout = Rollout(logprobs, copy(values), toy.rollout.rewards, toy.rollout.mask)
+        ppo_update(evaluate, rollout, toy.sgd(.5), PPOConfig(epochs=3, minibatch=3), generator(0))
+        tables.append((toy.policy.detach(), toy.critic.detach()))
+    assert torch.equal(tables[0][0], tables[1][0]) and torch.equal(tables[0][1], tables[1][1])
+
+
+@pytest.mark.parametrize("ratio,advantage,push", [(.5, 1, .5), (1., 1, 1.), (1.5, 1, 0.), (.5, -1, 0.), (1., -1, -1.), (1.5, -1, -1.5)])
+def test_six_cases(ratio, advantage, push):
+    new = column(ratio).log().requires_grad_()
+    policy_loss(new, column(0), column(advantage), column(1)).backward()
+    assert -new.grad.item() == pytest.approx(push, abs=1e-12) and (push != 0 or new.grad.item() == 0)
+
+
+def test_an_entropy_without_weight_changes_nothing_not_even_a_bit():
+    results = []
+    for give in (True, False):
+        toy = Toy(11)
+        evaluate = toy if give else lambda rows: (*toy(rows)[:2], None)
+        stats = ppo_update(evaluate, toy.rollout, toy.sgd(.5), PPOConfig(minibatch=3), generator(2))
+        results.append((toy.policy.detach(), toy.critic.detach(), stats))
+    assert torch.equal(results[0][0], results[1][0]) and torch.equal(results[0][1], results[1][1])
+    assert results[0][2]["entropy"] > 0 == results[1][2]["entropy"]  # but it is still logged
+    assert {**results[0][2], "entropy": 0.} == results[1][2]
+
+
+def test_an_entropy_without_weight_costs_no_backward_pass():
+    new, entropy = column(-1.).requires_grad_(), column(.5).requires_grad_()
+    rest = (column(0.), column(-1.), column(0.), column(1.), column(1.), column(1.))
+    ppo_loss(new, rest[0], entropy, *rest[1:], PPOConfig())[0].backward()
+    assert entropy.grad is None and new.grad is not None
+    ppo_loss(new, rest[0], entropy, *rest[1:], PPOConfig(entropy_coef=.1))[0].backward()
+    assert entropy.grad.item() == pytest.approx(-.1)
+
+
+# ---- the pseudo-code cannot drift
+
+def statement_line(line): # Number of the line in its file that holds the quoted statement
+    source, first = inspect.getsourcelines(line.function)
+    (at,) = [i for i, text in enumerate(source) if line.code in text]
+    return first + at
+
+
+def update_watched():
+    "Run an update; the lines of cai_course.ppo and cai_course.rl in the order of their first execution, and who was called."
+    toy, seen, called = Toy(12), {}, set()
+    outer = (ppo_update.__code__, ppo_loss.__code__)
+
+    def watch(frame, event, arg):
+        if frame.f_globals.get("__name__") not in ("cai_course.ppo", "cai_course.rl"): return None
+        if event == "call" and frame.f_back.f_code in outer and frame.f_code.co_name[0] not in "_<":
+            called.add(frame.f_code)
+        if event == "line": seen.setdefault((frame.f_code.co_filename, frame.f_lineno), len(seen))
+        return watch
+
+    before = sys.gettrace()
+    sys.settrace(watch)
+    try: ppo_update(toy, toy.rollout, toy.sgd(.1), PPOConfig(epochs=2, minibatch=4, entropy_coef=.1), generator(0))
+    finally: sys.settrace(before)
+    return seen, called
+
+
+@pytest.fixture(scope="module")
+def watched(): return update_watched()
+
+
+def pseudocode_faults(lines, watched):
+    "What is wrong with a pseudo-code: statements that are gone, never run or run in another order, and steps left out."
+    seen, called = watched
+    gone = [line.words for line in lines if inspect.getsource(line.function).count(line.code) != 1]
+    if gone: return gone
+    places = [(inspect.getsourcefile(line.function), statement_line(line)) for line in lines]
+    idle = [line.words for line, place in zip(lines, places) if place not in seen]
+    if idle: return idle
+    order = [seen[place] for place in places]
+    late = [b.words for (a, b), (i, j) in zip(zip(lines, lines[1:]), zip(order, order[1:])) if j < i]
+    named = {line.function.__code__ for line in lines} | {masked_mean.__code__}  # the mean is part of every loss
+    return late + [f"{code.co_name} is not in the pseudo-code" for code in called - named]
+
+
+def test_every_line_of_the_pseudocode_is_carried_out_in_its_order_and_none_is_missing(watched):
+    assert pseudocode_faults(PSEUDOCODE, watched) == []
+    public = {**vars(ppo), **vars(rl)}
+    for line in PSEUDOCODE:
+        name = line.function.__qualname__.split(".")[0]
+        assert name in ppo.__all__ + rl.__all__ and public[name] in (line.function, Rollout), f"{name} is not exported"
+    assert len(watched[0]) > 40 and len(watched[1]) > 5
+
+
+@pytest.mark.parametrize("at", range(len(PSEUDOCODE)), ids=lambda i: PSEUDOCODE[i].words[:25])
+def test_drift_of_any_line_is_noticed(at, watched):
+    lines = list(PSEUDOCODE)
+    lines[at] = lines[at]._replace(code=lines[at].code + " # as it was last year")
+    assert pseudocode_faults(lines, watched) == [PSEUDOCODE[at].words]
+
+
+@pytest.mark.parametrize("at", range(len(PSEUDOCODE) - 1))
+def test_lines_in_the_wrong_order_are_noticed(at, watched):
+    lines = list(PSEUDOCODE)
+    lines[at], lines[at + 1] = lines[at + 1], lines[at]
+    assert pseudocode_faults(lines, watched) != []
+
+
+def test_a_step_left_out_of_the_pseudocode_is_noticed(watched):
+    lines = [line for line in PSEUDOCODE if line.function is not whiten]
+    assert pseudocode_faults(lines, watched) == ["whiten is not in the pseudo-code"]
+
+
+def test_the_chapter_explains_each_function_of_the_pseudocode_where_the_table_links_to():
+    cells = json.loads((ROOT / "nbs" / "03_ppo.ipynb").read_text(encoding="utf-8"))["cells"]
+    text = ["".join(cell["source"]) for cell in cells]
+    for function in {line.function for line in PSEUDOCODE if line.function.__module__ == "cai_course.ppo"}:
+        name = function.__qualname__.split(".")[0]
+        anchor = f'<a id="code-{name.lower().replace("_", "-")}"></a>'
+        here = [i for i, source in enumerate(text) if anchor in source]
+        made = [i for i, source in enumerate(text) if f"def {name}(" in source or f"class {name}:" in source]
+        assert len(here) == 1 and here[0] < made[0], name
+        assert any(f'href="#code-{name.lower().replace("_", "-")}"' in "".join(output.get("data", {}).get("text/html", ""))
+                   for cell in cells for output in cell.get("outputs", [])), f"no link to {name}"
+    for target in re.findall(r"\]\(#([\w-]+)\)", "\n".join(text)):
+        assert f'<a id="{target}"></a>' in "\n".join(text), f"a link leads to #{target}, which does not exist"
+
+
+# ---- the log: every number explained, symptoms recognized
+
+def test_glossary_holds_every_returned_number_and_no_other():
+    toy = Toy(13)
+    assert set(GLOSSARY) == set(ppo_update(toy, toy.rollout, toy.sgd(.1), PPOConfig(target_kl=1e-9)))
+    assert all(entry.meaning.strip() and entry.healthy.strip() for entry in GLOSSARY.values())
+    documented = inspect.getdoc(ppo_update)
+    assert [key for key in GLOSSARY if f"`{key}`" not in documented] == []
+
+
+def test_symptoms_name_only_numbers_that_exist():
+    for symptom in SYMPTOMS:
+        keys = set(re.findall(r"`(\w+)`", symptom.look))
+        assert keys and keys <= set(GLOSSARY), symptom.name
+    assert len({symptom.name for symptom in SYMPTOMS}) == len(SYMPTOMS) == 9
+
+
+def update_on(rewards, lr=.05, steps=6, config=SLOT_CONFIG, start=0., seed=0, shaky=0.):
+    "Logs of a training on made-up payoffs: `rewards(levers, step)` says what is paid; `shaky` adds noise to the scoring."
+    g = generator(seed)
+    table = torch.zeros(8, 4)
+    table[:, 0] = start
+    table, critic, log = table.requires_grad_(), torch.zeros(8, requires_grad=True), []
+    optimizer = torch.optim.Adam([dict(params=[table]), dict(params=[critic], lr=4 * lr)], lr=lr)
+    for step in range(steps):
+        levers = torch.multinomial(table.detach().softmax(-1), 16, replacement=True, generator=g).T
+
+        def evaluate(rows, noise=shaky):
+            logp = (table + noise * torch.randn(8, 4, generator=g)).log_softmax(-1).expand(len(rows), -1, -1)
+            return (logp.gather(-1, levers[rows][..., None])[..., 0], critic.expand(len(rows), -1),
+                    -(logp.exp() * logp).sum(-1))
+        with torch.no_grad(): logprobs, values, _ = evaluate(torch.arange(16), 0.)
+        paid = rewards(levers, step) + .3 * torch.randn(16, 8, generator=g)
+        log.append(ppo_update(evaluate, Rollout(logprobs, values, paid, torch.ones(16, 8)), optimizer, config, g))
+    return log
+
+
+def kind(levers, step): return 1. * (levers == 3)
+
+
+SICK = {
+    "wrong from the start": lambda: update_on(kind, shaky=.5),
+    "steps too long": lambda: train_slots(0, dataclasses.replace(SLOT_CONFIG, clip=None, epochs=16)).history,
+    "nothing moves": lambda: update_on(kind, lr=1e-9),
+    "decided too early": lambda: train_slots(0, lr=2.).history,
+    "undecided more and more": lambda: update_on(kind, start=3., config=dataclasses.replace(SLOT_CONFIG, entropy_coef=1.)),
+    "useless critic": lambda: train_slots(0, train_critic=False).history,
+    "critic running away": lambda: update_on(lambda levers, step: kind(levers, step) * (30. if step > 3 else 1.)),
+    "gradient always cut": lambda: update_on(lambda levers, step: 100. * kind(levers, step)),
+    "always stopped": lambda: update_on(kind, config=dataclasses.replace(SLOT_CONFIG, target_kl=1e-6)),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Before the first step")
+@pytest.mark.parametrize("name", SICK)
+def test_each_symptom_is_found_in_a_training_made_sick_on_purpose(name):
+    assert name in [symptom.name for symptom in diagnose(SICK[name]())]
+
+
+def test_every_symptom_has_a_sick_training(): assert set(SICK) == {symptom.name for symptom in SYMPTOMS}
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_healthy_training_has_no_symptom(seed): assert diagnose(train_slots(seed).history) == []
+
+
+def test_diagnose_refuses_logs_that_it_cannot_read():
+    with pytest.raises(CourseError, match="got 0 updates"): diagnose([])
+    row = train_slots(0, updates=1).history[0]
+    del row["entropy"]
+    with pytest.raises(CourseError, match="update 1 has no entropy"): diagnose([train_slots(0, updates=1).history[0], row])
+
+
+# ---- divergences
+
+@pytest.mark.parametrize("m", [.1, 1.])
+def test_kl_estimators_have_the_exact_bias_and_deviation_and_these_are_the_printed_ones(m):
+    "Moments of k1, k2, k3 for N(0, 1) against N(m, 1): closed form, quadrature with 80 points, and the printed table."
+    true = m ** 2 / 2
+    exact = {"k1": (0., 2 / m), "k2": (m ** 2 / 4, 2 * math.sqrt(.5 + m ** 2 / 4)),
+             "k3": (0., math.sqrt(math.exp(m ** 2) - 1 - m ** 2) / true)}
+    x, weight = (torch.from_numpy(a) for a in np.polynomial.hermite_e.hermegauss(80))
+    weight = weight / weight.sum()
+    for name, k in zip(exact, kl_estimators(m * x - m ** 2 / 2)):
+        bias, spread = (weight @ k) / true - 1, ((weight @ k ** 2 - (weight @ k) ** 2).sqrt()) / true
+        assert (bias.item(), spread.item()) == pytest.approx(exact[name], abs=1e-9)
+        assert exact[name] == pytest.approx(PRINTED_KL[m][name], abs=.0052)  # printed with 1 to 3 digits
+
+
+def test_sampled_table_is_near_the_printed_one_and_repeats():
+    row = measure_kl_estimators(3, samples=400_000)
+    assert row == measure_kl_estimators(3, samples=400_000) != measure_kl_estimators(4, samples=400_000)
+    assert row["largest_gap"] < .15 and len(row) == 13  # 20 / sqrt(400,000) = .03 is one standard error
+    assert row["largest_gap"] == max(abs(row[f"{name} {what}, m={m:g}"] - pair[i]) for m, p in PRINTED_KL.items()
+                                     for name, pair in p.items() for i, what in enumerate(("bias", "deviation")))
+
+
+def test_k3_is_never_negative_and_differs_from_k1_by_something_of_mean_zero():
+    old, new = column(.5, .3, .2)[0], column(.1, .3, .6)[0]
+    k1, k2, k3 = kl_estimators((new / old).log())
+    assert (k3 >= 0).all() and (k2 >= 0).all() and (k1 < 0).any()
+    exact = (old * (old / new).log()).sum().item()
+    assert (old @ k1).item() == pytest.approx(exact, abs=1e-12) == (old @ k3).item()
+    assert abs((old @ k2).item() - exact) > .01
+    assert kl_estimators(torch.tensor(1e-4))[2].item() == pytest.approx(5e-9, rel=.01)  # 32 bit, without cancellation
+
+
+# ---- slot machines and experiments
+
+def test_slot_machines_pay_what_they_say():
+    slots = SlotRow(seed=5)
+    levers, paid = slots.play(torch.zeros(8, 4), 20_000, generator(1))
+    assert levers.shape == paid.shape == (20_000, 8)
+    for lever in range(4):
+        mean = (paid * (levers == lever)).sum(0) / (levers == lever).sum(0)
+        torch.testing.assert_close(mean, slots.means()[:, lever], atol=.08, rtol=0)  # 5 standard errors of 1 / sqrt(5,000)
+    assert slots.score(torch.zeros(8, 4)) == pytest.approx(0, abs=1e-6)
+    assert slots.score(1e4 * slots.means()) == pytest.approx(1, abs=1e-3) and slots.score(-1e4 * slots.means()) < -.5
+    assert torch.equal(slots.means(), SlotRow(seed=5).means()) and not torch.equal(slots.means(), SlotRow(seed=6).means())
+
+
+def test_training_repeats_and_a_forgotten_critic_stays_as_it_was():
+    a, b = train_slots(2, updates=3), train_slots(2, updates=3)
+    assert a.scores == b.scores and a.history == b.history and torch.equal(a.table, b.table)
+    assert a.scores != train_slots(3, updates=3).scores
+    still = train_slots(2, updates=3, train_critic=False, lr=1e-12)
+    fresh = train_slots(2, updates=1, train_critic=False, lr=1e-12)
+    assert still.critic_error == pytest.approx(fresh.critic_error, rel=1e-4)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_update_by_hand_with_the_right_signs_is_ppo_update(seed):
+    config = dataclasses.replace(SLOT_CONFIG, entropy_coef=.05, minibatch=5, value_clip=.2)
+    by_hand = train_slots(seed, config, updates=4, update=update_with_signs(*SIGNS["right"]))
+    right = train_slots(seed, config, updates=4)
+    torch.testing.assert_close(by_hand.table, right.table, atol=1e-5, rtol=0)
+    assert by_hand.critic_error == pytest.approx(right.critic_error, abs=1e-5)
+    for name, signs in SIGNS.items():
+        if name == "right": continue
+        wrong = train_slots(seed, config, updates=4, update=update_with_signs(*signs))
+        assert not torch.allclose(wrong.table, right.table, atol=1e-3) or wrong.critic_error > right.critic_error + .01
+
+
+@pytest.mark.parametrize("name", ["k1-k2-k3", "ppo-sign-flips", "ratio-one-at-start", "clip-epochs"])
+def test_experiments_are_registered_with_a_prediction(name):
+    experiment = EXPERIMENTS[name]
+    assert experiment.chapter == "03" and experiment.seeds >= 5 and experiment.run.__module__ == "cai_course.ppo"
+
+
+def test_first_ratio_is_one_and_each_bug_is_seen():
+    row = measure_first_ratio(1)
+    assert row["clean"] < 1e-5 and row == measure_first_ratio(1)
+    assert row["gap"] == pytest.approx(min(row["dropout"], row["temperature"], row["shift"]) - row["clean"])
+    assert min(row["dropout"], row["temperature"], row["shift"]) > .1
+
+
+def test_sign_flips_show_where_they_sit():
+    row = measure_sign_flips(1)
+    assert row["policy: scores"][-1] < 0 < row["right: scores"][-1]
+    assert row["value: critic error"] > 10 * row["right: critic error"]
+    assert row["margin"] <= row["right: entropy"] - row["entropy: entropy"]
+    assert {len(row[f"{name}: scores"]) for name in SIGNS} == {21}
+
+
+def test_clip_epochs_grid(monkeypatch):
+    monkeypatch.setattr(ppo, "EPOCHS", (1, 4))
+    row = measure_clip_epochs(0)
+    assert {len(row[name]) for name in CLIPS} == {2}
+    assert row["gap"] == row["clip 0.2"][-1] - row["unclipped"][-1]
+    assert row["clip 0.2"][1] == train_slots(0, dataclasses.replace(SLOT_CONFIG, clip=.2, epochs=4)).scores[-1]

@@ -1,0 +1,47 @@
+"""What the chapters show was measured with the code as it is: no experiment without a result, no stale one, no stray file."""
+import importlib
+import json
+import math
+
+import pytest
+
+from cai_course.experiments import EXPERIMENTS, experiment_names, find_experiment, judge_rows, load_result
+from cai_course.paths import data_dir
+
+NAMES = sorted(experiment_names())
+
+
+def test_the_course_measures_its_claims():
+    assert NAMES
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_result_is_stored_and_is_what_the_code_gives_now(name):
+    result = load_result(name)
+    assert not result.stale, result.why
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_stored_verdict_follows_from_the_stored_rows(name):
+    result = load_result(name)
+    assert [row["seed"] for row in result.rows] == result.config["seeds"] == list(range(len(result.rows)))
+    found, word = judge_rows(find_experiment(name), result.rows)
+    assert word == result.verdict
+    wide = max(found.high - found.low, 1e-9) if math.isfinite(found.high - found.low) else 1e-9
+    for end in ("value", "low", "high"):  # random numbers may differ between versions of NumPy
+        assert getattr(result.estimate, end) == pytest.approx(getattr(found, end), abs=.05 * wide)
+
+
+def test_every_stored_file_belongs_to_an_experiment():
+    folder = data_dir() / "experiments"
+    stored = {path.name for path in folder.iterdir() if not path.name.startswith(".")} if folder.exists() else set()
+    assert stored == {f"{name}.json" for name in NAMES}
+    for name in NAMES:
+        assert json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))["name"] == name
+
+
+def test_names_read_from_the_source_are_those_that_the_modules_make():
+    for module in sorted(set(experiment_names().values())):
+        importlib.import_module(f"cai_course.{module}")
+    made = {name for name, each in EXPERIMENTS.items() if each.run.__module__.startswith("cai_course.")}
+    assert {name for name in made if name in NAMES} == set(NAMES)

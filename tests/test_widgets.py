@@ -1,0 +1,209 @@
+"""The board of chapter 01 in JupyterLab, in a headless browser: run the chapter, click a square, see the agent answer."""
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import nbformat
+import pytest
+
+from conftest import ROOT
+
+CHAPTER = "01_tictactoe.ipynb"
+PATIENCE = 600  # seconds for the whole chapter; it needs about one minute on a quiet machine
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def wait_for(what, seconds: float, message: str, every: float = .5):
+    """The first true answer of `what`, asked again and again."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        answer = what()
+        if answer:
+            return answer
+        time.sleep(every)
+    pytest.fail(message() if callable(message) else message)
+
+
+def stop(process: subprocess.Popen) -> None:
+    """End a process and its children, which share its group."""
+    try:
+        os.killpg(process.pid, signal.SIGTERM)
+        process.wait(20)
+    except (ProcessLookupError, subprocess.TimeoutExpired):
+        process.kill()
+        process.wait()
+
+
+@pytest.fixture(scope="module")
+def chromium():
+    """The browser's program; without one, nothing else is started."""
+    pytest.importorskip("websocket", reason="websocket-client, which JupyterLab brings along, is not installed")
+    program = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
+    if program is None:
+        pytest.skip("no Chromium on this machine; the widget's logic is tested in test_tictactoe.py")
+    return program
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory, chromium):
+    """JupyterLab on a copy of the chapter without its outputs; yields the chapter's address."""
+    home = tmp_path_factory.mktemp("lab")
+    (home / "nbs").mkdir()
+    book = nbformat.read(ROOT / "nbs" / CHAPTER, as_version=4)
+    for cell in book.cells:
+        if cell.cell_type == "code":
+            cell.outputs = []
+    nbformat.write(book, home / "nbs" / CHAPTER)
+    port = free_port()
+    environment = dict(os.environ, HOME=str(home), OMP_NUM_THREADS="1", CAI_COURSE_WORK=str(home / "work"),
+                       **{name: str(home / name) for name in ("JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR",
+                                                              "JUPYTERLAB_SETTINGS_DIR", "JUPYTERLAB_WORKSPACES_DIR", "IPYTHONDIR")})
+    environment.pop("IN_TEST", None)
+    with open(home / "lab.log", "w") as log:
+        server = subprocess.Popen([sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", "--ServerApp.ip=127.0.0.1",
+                                   f"--ServerApp.port={port}", "--ServerApp.port_retries=0", f"--ServerApp.root_dir={home / 'nbs'}",
+                                   "--IdentityProvider.token=secret", "--LabApp.expose_app_in_browser=True"],
+                                  cwd=home, env=environment, stdout=log, stderr=log, start_new_session=True)
+
+    def answers():
+        assert server.poll() is None, (home / "lab.log").read_text()[-2000:]
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}/api/status?token=secret", timeout=5) as reply:
+                return reply.status == 200
+        except OSError:
+            return False
+    try:
+        wait_for(answers, 180, "JupyterLab did not start")
+        yield f"http://127.0.0.1:{port}/lab/tree/{CHAPTER}?token=secret"
+    finally:
+        stop(server)
+
+
+class Page:
+    """One tab of a headless Chromium, driven by its own protocol."""
+
+    def __init__(self, address: str):
+        import websocket
+        self.socket = websocket.create_connection(address, timeout=PATIENCE, suppress_origin=True)
+        self.number = 0
+
+    def call(self, method: str, **arguments) -> dict:
+        self.number += 1
+        self.socket.send(json.dumps({"id": self.number, "method": method, "params": arguments}))
+        while True:
+            answer = json.loads(self.socket.recv())
+            if answer.get("id") == self.number:
+                assert "error" not in answer, f"{method}: {answer['error']}"
+                return answer["result"]
+
+    def js(self, expression: str):
+        """The value of an expression, awaited if it is a promise; None if it throws."""
+        result = self.call("Runtime.evaluate", expression=expression, awaitPromise=True, returnByValue=True)
+        return result["result"].get("value")
+
+    def click(self, selector: str) -> None:
+        """A real click in the middle of an element, by a pointer and not by a script."""
+        self.js(f"document.querySelector({json.dumps(selector)}).scrollIntoView({{block: 'center'}})")
+        time.sleep(.5)
+        box = json.loads(self.js(f"JSON.stringify(document.querySelector({json.dumps(selector)}).getBoundingClientRect())"))
+        where = dict(x=box["x"] + box["width"] / 2, y=box["y"] + box["height"] / 2, button="left", clickCount=1)
+        for kind in ("mousePressed", "mouseReleased"):
+            self.call("Input.dispatchMouseEvent", type=kind, **where)
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory, chromium, lab):
+    """The chapter in a browser, before it is run."""
+    home = tmp_path_factory.mktemp("browser")
+    with open(home / "log", "w") as log:
+        browser = subprocess.Popen([chromium, "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run",
+                                    "--window-size=1200,1000", "--remote-debugging-port=0", f"--user-data-dir={home / 'profile'}", "about:blank"],
+                                   stdout=log, stderr=log, start_new_session=True, env=dict(os.environ, HOME=str(home)))
+    try:
+        seen = home / "profile" / "DevToolsActivePort"
+        end = time.monotonic() + 120
+        while not (seen.exists() and seen.read_text().strip()):
+            if browser.poll() is not None or time.monotonic() > end:
+                pytest.skip(f"Chromium does not run here: {(home / 'log').read_text()[-300:]}")
+            time.sleep(.5)
+        port = seen.read_text().split()[0]
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/json/list", timeout=30) as reply:
+            target = next(t for t in json.load(reply) if t["type"] == "page")
+        tab = Page(target["webSocketDebuggerUrl"])
+        tab.call("Page.enable")
+        tab.call("Page.navigate", url=lab)
+        wait_for(lambda: tab.js("!!(window.jupyterapp && jupyterapp.shell.currentWidget && jupyterapp.shell.currentWidget.sessionContext"
+                                " && jupyterapp.shell.currentWidget.sessionContext.session)"), 240, "the notebook did not open with a kernel")
+        yield tab
+    finally:
+        stop(browser)
+
+
+CELLS = "jupyterapp.shell.currentWidget.content.widgets.map(c => c.model.toJSON())"
+
+
+def outputs(page: Page) -> list[dict]: # Every output of the chapter, in order
+    return json.loads(page.js(f"JSON.stringify({CELLS}.flatMap(c => c.outputs || []))"))
+
+
+def texts(page: Page) -> list[str]: # What stands on the nine squares
+    return page.js("[...document.querySelectorAll('.cai-board button')].map(b => b.textContent.trim())") or []
+
+
+def stones(page: Page) -> str: # Such as "X...O...."
+    return "".join(t if t in ("X", "O") else "." for t in texts(page))
+
+
+def save_picture(page: Page, path: Path) -> None:
+    import base64
+    path.write_bytes(base64.b64decode(page.call("Page.captureScreenshot", format="png")["data"]))
+
+
+@pytest.mark.slow
+def test_click_a_square_and_the_agent_answers(page, tmp_path):
+    page.js("jupyterapp.commands.execute('notebook:run-all-cells').then(() => { window.caiDone = true }), null")
+    wait_for(lambda: page.js("window.caiDone === true"), PATIENCE, "the chapter did not run to its end", every=2)
+    errors = [o for o in outputs(page) if o["output_type"] == "error"]
+    assert not errors, errors[0]
+
+    # Scroll to the cell whose output is the board; JupyterLab draws only what is near the window.
+    page.js("(() => { const n = jupyterapp.shell.currentWidget.content;"
+            " const i = n.widgets.findIndex(c => /^PlayBoard\\(/m.test(c.model.sharedModel.getSource())); return n.scrollToItem(i, 'center') })()")
+    wait_for(lambda: len(texts(page)) == 9, 120, "no board with nine squares appeared")
+    assert stones(page) == "." * 9
+    assert all(re.fullmatch(r"[+-]\d\.\d|0\.0", t) for t in texts(page)), f"each free square shows what it is worth: {texts(page)}"
+
+    page.click(".cai-board button:nth-child(5)")
+    wait_for(lambda: stones(page).count("O") == 1, 60, lambda: f"no answer to the click: {texts(page)}")
+    assert stones(page)[4] == "X" and stones(page).count("X") == 1
+    before = stones(page)
+    page.click(".cai-board button:nth-child(5)")  # taken: nothing may happen
+    time.sleep(2)
+    assert stones(page) == before
+    said = page.js("document.querySelector('.cai-said').textContent")
+    assert "Your move: you are X." in said
+
+    # A trained opponent thinks otherwise of the same position: the colors change, the stones do not. End is minimax, one before it the last network.
+    colors = "JSON.stringify([...document.querySelectorAll('.cai-board button')].map(b => b.style.backgroundColor))"
+    early = page.js(colors)
+    page.js("document.querySelector('.cai-who .noUi-handle, .cai-who input').focus()")
+    for key, code in (("End", 35), ("ArrowLeft", 37)):
+        for kind in ("keyDown", "keyUp"):
+            page.call("Input.dispatchKeyEvent", type=kind, key=key, code=key, windowsVirtualKeyCode=code)
+    wait_for(lambda: page.js(colors) != early, 60, "moving the slider to the last network changed no color")
+    assert stones(page) == before
+    if os.environ.get("CAI_COURSE_PICTURES"):
+        save_picture(page, Path(os.environ["CAI_COURSE_PICTURES"]) / "widget.png")
