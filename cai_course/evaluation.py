@@ -258,12 +258,12 @@ def detoxify(
     tasks:Sequence[dict], # Held-out tasks, as `talk_tasks` makes them
     model:str="pocket-t5", # Any name that `load_policy` takes
     talks:int=400, # Training talks, >= 2
-    config=None, # `RLHFConfig`; None: 15 steps of 32 replies
+    config=None, # `RLHFConfig`; None: 15 steps of 32 replies, at a price of 0.15 per nat
 )->DetoxRun: # Rows before and after, under the same sampling seed
     "Train a summarizer to be polite, and let it answer held-out tasks before and after."
     from cai_course.models import load_policy
     from cai_course.rlhf import RLHFConfig, train_rlhf
-    config = config or RLHFConfig(steps=15, batch_size=32, max_new_tokens=40)
+    config = config or RLHFConfig(steps=15, batch_size=32, max_new_tokens=40, beta=.15)
     train = world.dialogues("train", talks, seed=seed, rude=True)
     judge, policy = summary_judge(train, seed), load_policy(model)
     def answers():
@@ -386,7 +386,7 @@ def measure_lab3(seed:int)->dict: # power (11 dialogues), needed, power_needed, 
 
 
 LAB3_AUDIT = Experiment(
-    name="lab3-audit", chapter="09", run=measure_lab3, value="power", predicts="<", threshold=.5, bounds=(0., 1.),
+    name="lab3-audit", chapter="09", run=measure_lab3, value="power", predicts="<", threshold=.5,
     claim="With 11 dialogues in each arm, a study misses an effect as large as the one that Lab 3 prints more often "
           "than it finds it.",
     source="Lab 3 of the generative-ai-with-llms notes (notebook at commit 8289421), printed means and spreads")
