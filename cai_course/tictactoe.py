@@ -84,7 +84,7 @@ def draw_boards(
     top = .12 + .17 * (1 + max(t.count("\n") for t in titles))
     columns = min(columns, len(boards))
     rows = -(-len(boards) // columns)
-    fig, ax = _canvas(columns * (size + gap), rows * (size + top) + .1)
+    fig, ax = _canvas(max(2., columns * (size + gap)), rows * (size + top) + .1)
     words = [alt] if alt else []
     for k, (board, title) in enumerate(zip(boards, titles)):
         x, y = gap / 2 + k % columns * (size + gap), top + k // columns * (size + top)
@@ -127,18 +127,21 @@ def _draw_board(
 ):
     "One board onto the sheet."
     cell = size / 3
-    for i, stone in enumerate(board.tolist()):
-        left, top = x + i % 3 * cell, y + i // 3 * cell
+    centers = [(x + (i % 3 + .5) * cell, y + (i // 3 + .5) * cell) for i in range(9)]
+    for i, (across, down) in enumerate(centers):
         back, text, ink = FAINT if i == last else "white", str(i) if size > .8 else "", "#767676"
-        if stone: text, ink = "XO"[stone < 0], INK
-        elif values is not None and values[i] > -torch.inf:
+        if not board[i] and values is not None and values[i] > -torch.inf:
             back, text, ink = heat_color(float(values[i])), _number(float(values[i]), percent), INK
-        if back != "white": ax.add_patch(Rectangle((left, top), cell, cell, facecolor=back, linewidth=0, clip_on=False))
-        ax.text(left + cell / 2, top + cell / 2, text, ha="center", va="center_baseline", color=ink,
-                fontsize=72 * cell * (.6 if stone else .29), fontweight="bold" if stone else "normal")
-    rules = [(k * cell, k * cell, np.nan) for k in range(4)], [(0, size, np.nan)] * 4
-    for across, down in (rules, rules[::-1]):
-        ax.plot(x + np.ravel(across), y + np.ravel(down), color=INK, lw=.8, solid_capstyle="projecting", clip_on=False)
+        if back != "white":
+            corner = across - cell / 2, down - cell / 2
+            ax.add_patch(Rectangle(corner, cell, cell, facecolor=back, linewidth=0, clip_on=False))
+        if text and not board[i]:
+            ax.text(across, down, text, ha="center", va="center_baseline", color=ink, fontsize=21 * cell)
+    for stone, marker in ((1, "x"), (-1, "o")):
+        points = [p for p, s in zip(centers, board.tolist()) if s == stone]
+        if points: ax.plot(*zip(*points), marker, color=INK, ms=36 * cell, mew=8 * cell, mfc="none", clip_on=False)
+    along, at = np.array([(k * cell, end) for k in range(4) for end in (0, size, np.nan)]).T  # a NaN lifts the pen
+    ax.plot(x + np.r_[along, at], y + np.r_[at, along], color=INK, lw=.8, solid_capstyle="projecting", clip_on=False)
 
 
 def _words(

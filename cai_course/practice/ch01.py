@@ -130,7 +130,7 @@ _agents = {
 
 never_loses = Exercise(
     "01-never-loses", "Write the test that no careless agent survives", "medium", 6,
-    Check(lambda f: {name: bool(f(agent)) for name, agent in _agents.items()}, lambda a: worst_case(a).losses == 0, {
+    Check(lambda f: {name: f(agent) for name, agent in _agents.items()}, lambda a: worst_case(a).losses == 0, {
         "a sample of games": (lambda a: match(a, random_agent(0), 60)["loss"] <= .02,
                               "One of the agents has a single hole, which few opponents ever hit. Walk through all "
                               "games."),
