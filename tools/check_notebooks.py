@@ -15,7 +15,6 @@ import tempfile
 from contextlib import contextmanager
 from pathlib import Path
 
-COMMANDS = {"nbdev_export": "nbdev.doclinks", "nbdev_clean": "nbdev.clean", "nbdev_test": "nbdev.test"}
 # Absolute paths of somebody's machine. Written so that this file does not hold one itself.
 MACHINE_PATH = re.compile(r"(?<![\w.~/-])/(?:home|Users|root|tmp|private/var|var/folders|work|mnt|opt/wheels|opt/pypi)/[\w.-]+"
                           r"|\b[A-Z]:\\+Users\\+\w+|\bfile:///\w")
@@ -34,8 +33,10 @@ def run_nbdev(
     check: bool = True, # Raise if the command fails?
     **options, # For `subprocess.run`
 ) -> subprocess.CompletedProcess:
-    program = f"import sys; sys.argv[0] = {command!r}; from {COMMANDS[command]} import {command}; {command}()"
-    done = subprocess.run([sys.executable, "-c", program, *arguments], cwd=root, text=True, capture_output=True, **options)
+    program = shutil.which(command, path=str(Path(sys.executable).parent)) # called from Python, it would not read its arguments
+    if program is None:
+        raise SystemExit(f"{command} was not found beside {sys.executable}; make venv installs it.")
+    done = subprocess.run([program, *arguments], cwd=root, text=True, capture_output=True, **options)
     if check and done.returncode:
         raise SystemExit(f"{command} {' '.join(arguments)} failed:\n{done.stdout}{done.stderr}")
     return done
