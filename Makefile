@@ -25,11 +25,8 @@ test: $(STAMP) ## check that notebooks and library agree, run every notebook and
 notebooks: $(STAMP) ## run the notebooks again and store their outputs (ARGS: which ones)
 	@$(PY) tools/run_notebooks.py $(ARGS)
 
-docs: ## render the docs site into _docs/ (needs Quarto)
-	@command -v quarto >/dev/null || { echo "make docs: the program quarto was not found on PATH; the site is rendered by Quarto 1.5 or newer." \
-	"Install it from its own site, quarto.org, then run make docs again. The notebooks in nbs/ hold the same pages: make lab opens them." >&2; exit 1; }
-	@$(MAKE) --no-print-directory venv
-	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/nbdev_docs
+docs: $(STAMP) ## build the docs site into _docs/: with Quarto if it is on PATH, else with Sphinx
+	@$(PY) tools/docs_site.py $(ARGS)
 
 venv: $(STAMP) ## create or update .venv without running anything
 

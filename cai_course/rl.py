@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TWO_PRIZES', 'baseline_experiment', 'STEP_SIZES', 'noise_experiment', 'LAMBDAS', 'CRITIC_GAMES', 'ESTIMATES',
            'gae_experiment', 'critic_experiment', 'learning_experiment', 'masked_mean', 'returns', 'Episodes',
-           'Corridor', 'reinforce_loss', 'minus_value', 'reward_to_go', 'reinforce', 'episode_gradients',
+           'Corridor', 'reinforce_loss', 'minus_value', 'reward_to_go', 'Learned', 'reinforce', 'episode_gradients',
            'measure_baseline', 'measure_noise', 'gae', 'GameTree', 'game_tree', 'exact_values', 'sample_games',
            'fit_critic', 'gae_moments', 'move_shares', 'gae_error', 'measure_gae', 'whiten', 'explained_variance',
            'actor_critic', 'measure_lambda_learning']
@@ -211,6 +211,13 @@ def reward_to_go(
     return returns(played.rewards, 1., played.mask)
 
 
+class Learned(NamedTuple):
+    "What `reinforce` leaves behind."
+    curve:list[float] # Exact value of the start, before training and after each update
+    right:Tensor # Final probability of stepping right, shape `(cells,)`
+    updates:int # Updates made before walks went in circles; all of them if none did
+
+
 def reinforce(
     seed:int, # Decides the walks
     weigh:Callable[[Episodes, Tensor], Tensor], # How much to encourage each action
@@ -218,8 +225,8 @@ def reinforce(
     world:Corridor=TWO_PRIZES, # Where to walk
     updates:int=100, # Steps uphill
     walks:int=4, # Walks per step
-)->list[float]: # Exact value of the start, before training and after each update
-    "REINFORCE with a table. A policy that walks in circles for 2,000 steps has nothing more to learn from, and stops."
+)->Learned: # Curve and final policy
+    "REINFORCE with a table. If a walk has not ended after 2,000 steps, there is no return to learn from, and it stops."
     generator, logits = torch.Generator().manual_seed(seed), torch.zeros(world.cells, 2, requires_grad=True)
     optimizer, curve = torch.optim.SGD([logits], lr=lr), []
     for _ in range(updates):
@@ -229,8 +236,9 @@ def reinforce(
         logprobs = logits.log_softmax(-1)[played.states].gather(-1, played.actions[..., None])[..., 0]
         loss = reinforce_loss(logprobs, weigh(played, logits.detach()), played.mask) * played.mask.sum() / walks
         optimizer.zero_grad(), loss.backward(), optimizer.step()
-    last = world.values(logits.detach(), 1.)[world.start].item()
-    return curve + [last] * (updates + 1 - len(curve))
+    else: curve.append(world.values(logits.detach(), 1.)[world.start].item())
+    made = len(curve) - 1
+    return Learned(curve + curve[-1:] * (updates - made), logits.detach().softmax(-1)[:, 1], made)
 
 # %% ../nbs/02_policy_gradients.ipynb #bda71877
 def episode_gradients(
@@ -261,22 +269,23 @@ def measure_baseline(
 
 
 baseline_experiment = Experiment(
-    name="baseline-cuts-variance", chapter="02", run=measure_baseline, value="ratio", predicts="<", threshold=1., seeds=20,
+    name="baseline-cuts-variance", chapter="02", run=measure_baseline, value="ratio", predicts="<", threshold=1.,
     claim="Subtracting the value of the state lowers the variance of the policy gradient (ratio of variances below 1).",
-    source="Williams (1992); Sutton and Barto (2018), section 13.4")
+    source="Williams (1992); Sutton and Barto (2018), section 13.4", seeds=20)
 
 # %% ../nbs/02_policy_gradients.ipynb #4adc836f
 STEP_SIZES = (.1, .2, .5, 1.)
 
 def measure_noise(
     seed:int, # Decides the walks
-)->dict: # Value of the start after 100 updates, for each step size, with and without the baseline; and two curves
+)->dict: # For each step size, with and without the baseline: value of the start after training, and updates made
     "Train the walker between two prizes with the return as weight, and with the return minus the value."
-    plain, based = ([reinforce(seed, weigh, lr) for lr in STEP_SIZES] for weigh in (reward_to_go, minus_value))
-    half = STEP_SIZES.index(.5)
-    return {"plain": [curve[-1] for curve in plain], "baseline": [curve[-1] for curve in based],
-            "plain_curve": plain[half][::5], "baseline_curve": based[half][::5],
-            "gap": based[half][-1] - plain[half][-1]}
+    row, half = {}, STEP_SIZES.index(.5)
+    for name, weigh in (("plain", reward_to_go), ("baseline", minus_value)):
+        runs = [reinforce(seed, weigh, lr) for lr in STEP_SIZES]
+        row |= {name: [run.curve[-1] for run in runs], f"{name}_updates": [run.updates for run in runs],
+                f"{name}_curve": runs[half].curve[::5]}
+    return row | {"gap": row["baseline"][half] - row["plain"][half]}
 
 
 noise_experiment = Experiment(
@@ -371,7 +380,7 @@ def game_tree()->GameTree: # The same object at every call
 
 # %% ../nbs/02_policy_gradients.ipynb #ff4fc2be
 @functools.cache
-def exact_values()->tuple[Tensor, Tensor]: # Value of each state `(S + 1,)` (0 at the end), advantage of each move `(M,)`
+def exact_values()->tuple[Tensor, Tensor]: # Values of states `(S + 1,)`, 0 at the end; advantages of moves `(M,)`
     "What every state and every move is worth to X, if both players roll dice."
     tree = game_tree()
     values = torch.zeros(len(tree.boards) + 1).double()
@@ -470,8 +479,8 @@ def measure_gae(
 
 gae_experiment = Experiment(
     name="gae-lambda", chapter="02", run=measure_gae, value="ratio_1000", predicts="<", threshold=1.,
-    claim="With a critic fitted to 1,000 games and ten estimates for each move, some lambda between 0 and 1 has a smaller "
-          "squared error than the better of the two ends.",
+    claim="With a critic fitted to 1,000 games and ten estimates for each move, some lambda between 0 and 1 has a "
+          "smaller squared error than the better of the two ends.",
     source="Schulman et al. (2016), section 3 and figure 2: intermediate values did best")
 
 critic_experiment = Experiment(

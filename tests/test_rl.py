@@ -9,8 +9,9 @@ from cai_course import rl
 from cai_course.errors import CourseError
 from cai_course.experiments import load_result
 from cai_course.rl import (LAMBDAS, TWO_PRIZES, Corridor, Episodes, actor_critic, episode_gradients, exact_values,
-                           explained_variance, fit_critic, gae, gae_error, gae_moments, game_tree, masked_mean, measure_gae,
-                           minus_value, move_shares, reinforce, reinforce_loss, returns, reward_to_go, sample_games, whiten)
+                           explained_variance, fit_critic, gae, gae_error, gae_moments, game_tree, masked_mean,
+                           measure_gae, minus_value, move_shares, reinforce, reinforce_loss, returns, reward_to_go,
+                           sample_games, whiten)
 
 NAN = float("nan")
 
@@ -266,7 +267,8 @@ def test_the_tree_holds_the_exact_values_of_every_state_and_move():
 
 def test_events_of_a_move_are_a_distribution_and_lead_forward():
     tree = game_tree()
-    torch.testing.assert_close(tree.over_events(torch.ones(len(tree.move)).double()), torch.ones(len(tree.state)).double())
+    whole = tree.over_events(torch.ones(len(tree.move)).double())
+    torch.testing.assert_close(whole, torch.ones(len(tree.state)).double())
     goes_on = tree.next >= 0
     assert (tree.reward[goes_on] == 0).all() and (tree.next[goes_on] > tree.state[tree.move][goes_on]).all()
     assert move_shares().sum() == pytest.approx(1) and (move_shares() > 0).all()
@@ -348,8 +350,9 @@ def test_gradients_of_single_walks_average_to_the_exact_one_with_and_without_bas
 
 def test_learners_are_deterministic_and_reach_the_better_prize():
     small = [reinforce(seed, minus_value, lr=.2) for seed in range(3)]
-    assert all(len(c) == 101 and c[0] == pytest.approx(1.5) and c[-1] > 1.9 for c in small)
-    assert small[0] == reinforce(0, minus_value, lr=.2)
+    assert all(len(c) == 101 and c[0] == pytest.approx(1.5) and c[-1] > 1.9 for c, _, _ in small)
+    assert all((right > .5).all() and updates == 100 for _, right, updates in small)
+    assert small[0].curve == reinforce(0, minus_value, lr=.2).curve
     curves = [actor_critic(seed) for seed in range(3)]
     assert all(len(c) == 61 and c[-1] > .95 * .9 ** 2 for c in curves) and curves[0] == actor_critic(0)
 
@@ -359,7 +362,8 @@ def test_a_policy_that_walks_in_circles_ends_the_training_and_not_the_program():
     circle[:, 1] = torch.tensor([40., 40., 40., -40., -40.])  # right, right, right, left, left
     class Trap(Corridor):
         def sample(self, logits, *args, **kwargs): return super().sample(circle, *args, **kwargs)
-    assert reinforce(0, reward_to_go, world=Trap(left=1., right=2.), updates=3) == pytest.approx([1.5] * 4)
+    run = reinforce(0, reward_to_go, world=Trap(left=1., right=2.), updates=3)
+    assert run.curve == pytest.approx([1.5] * 4) and run.updates == 0
 
 
 def test_the_stored_bias_and_variance_are_what_the_code_gives():

@@ -197,6 +197,56 @@ def test_the_workflow_pins_everything():
     assert "latest" not in job["runs-on"] and any("-c constraints.txt" in step.get("run", "") for step in job["steps"])
 
 
+@pytest.fixture(scope="session")
+def prepared(tmp_path_factory):
+    """What both builders share, made where neither the course nor PyTorch can be imported, as in the workflow."""
+    pytest.importorskip("nbdev")
+    target = tmp_path_factory.mktemp("prepared")
+    program = ("import sys, pathlib\n"
+               "sys.modules.update(dict.fromkeys(['torch', 'transformers', 'cai_course', 'sphinx']))\n"
+               "sys.path.insert(0, 'tools')\n"
+               "import docs_site\n"
+               "docs_site.process(docs_site.ROOT, pathlib.Path(sys.argv[1]))")
+    done = subprocess.run([sys.executable, "-c", program, str(target)], cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return target
+
+
+@pytest.mark.slow
+def test_every_page_is_prepared_for_both_builders(prepared):
+    for name in PAGES:
+        if name.endswith(".md"):
+            _, head, text = (prepared / name).read_text(encoding="utf-8").split("---\n", 2)
+            assert yaml.safe_load(head)["title"] and docs_site.EVERY_NAME not in text
+            continue
+        before, after = (json.loads((folder / name).read_text(encoding="utf-8")) for folder in (ROOT / "nbs", prepared))
+        head = yaml.safe_load(after["cells"][0]["source"].strip("-\n"))
+        assert head["title"] and head["output-file"] == Path(docs_site.address(name)).name
+        shown = "\n".join(cell["source"] for cell in after["cells"])
+        assert not re.search(r"^#\|\s*(export|hide|default_exp)", shown, re.M), name
+        first = docs_site.split_title("".join(before["cells"][0]["source"]))[2]
+        assert first.split("\n")[0] in shown, f"{name}: the rest of the first cell is lost"
+        pictures = [sum(kind.startswith("image/") for cell in book["cells"] for output in cell.get("outputs", [])
+                        for kind in output.get("data", {})) for book in (before, after)]
+        assert pictures[0] == pictures[1], f"{name}: a figure is lost"
+
+
+@pytest.mark.slow
+def test_quarto_gets_all_pages_and_its_site_is_kept(tmp_path, monkeypatch, capsys):
+    """A stand-in for Quarto: it notes what it was given and writes one page."""
+    program = tmp_path / "bin" / "quarto"
+    program.parent.mkdir()
+    program.write_text("#!/bin/sh\n[ \"$1\" = render ] && mkdir -p _docs/tools && find . -type f > _docs/index.html\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{program.parent}{os.pathsep}{os.environ['PATH']}")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "old.html").touch()
+    docs_site.main(["--out", str(tmp_path / "out")])
+    given = (tmp_path / "out" / "index.html").read_text().split()
+    assert {f"./{name}" for name in [*PAGES, "_quarto.yml", "styles.css", "site.scss", "math.woff2", "favicon.svg"]} <= set(given)
+    assert not (tmp_path / "out" / "old.html").exists() and "quarto was not found" not in capsys.readouterr().out
+
+
 @pytest.mark.slow
 def test_every_block_of_the_library_page_runs(tmp_path):
     blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / "nbs" / "library.md").read_text(encoding="utf-8"), re.M | re.S)

@@ -5,6 +5,7 @@ docments (the comment beside an argument) and a docstring with `Raises` and `Sou
 which Quarto and Sphinx show alike.
 """
 import ast
+import functools
 import html
 import io
 import re
@@ -46,6 +47,7 @@ def _parse(source: str) -> ast.Module:
 
 # --- what stands beside the arguments ---
 
+@functools.lru_cache(maxsize=64)
 def _comments(source: str) -> tuple[dict, set]:  # {line: comment}, and the lines that hold nothing else
     found, alone = {}, set()
     for token in tokenize.generate_tokens(io.StringIO(source).readline):

@@ -67,7 +67,7 @@ def split_title(text: str) -> tuple[str, str, str]:  # Title, promise and the re
 
 def front_matter(title: str, promise: str, page: str) -> str:
     return "---\n" + yaml.safe_dump({"title": title, "description": promise, "output-file": PurePosixPath(page).name},
-                                    allow_unicode=True, width=1000) + "---\n"
+                                    allow_unicode=True, sort_keys=False, width=1000) + "---\n"
 
 
 def _prose_lines(text: str):  # Yields (line, is it outside code?)
@@ -182,9 +182,9 @@ def _processed(path: Path, names: Names) -> dict:  # The notebook as a page
         def begin(self):
             cells = []
             for cell in self.nb.cells:
-                here = [e for e in entries if cell.cell_type == "code" and docs_reference.public(cell.source) and
-                        e.name in {node.name for node in docs_reference.public(cell.source)} and e.source.endswith(cell.source)]
                 exported = {"export", "exports"} & set(cell.directives_ if cell.cell_type == "code" else ())
+                found = {node.name for node in docs_reference.public(cell.source)} if exported else set()
+                here = [entry for entry in entries if entry.name in found and entry.source.endswith(cell.source)]
                 if not here or not exported or "hide" in cell.directives_:
                     cells.append(cell)
                 elif "exports" in exported:
