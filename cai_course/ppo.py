@@ -532,7 +532,7 @@ def train_slots(
     slots = SlotRow(seed=seed)
     generator = torch.Generator().manual_seed(1_000 + seed)  # not the seed of the means
     table = torch.zeros(slots.machines, slots.levers, requires_grad=True)
-    critic = torch.randn(slots.machines, generator=generator).requires_grad_()
+    critic = torch.zeros(slots.machines, requires_grad=True)
     groups = [dict(params=[table])] + [dict(params=[critic], lr=4 * lr)] * train_critic
     optimizer, scores, history = torch.optim.Adam(groups, lr=lr), [slots.score(table)], []
     for _ in range(updates):

@@ -196,7 +196,7 @@ TWO_PRIZES = Corridor(left=1., right=2.)
 def minus_value(
     played:Episodes, # Walks
     logits:Tensor, # Policy that played them, shape `(cells, 2)`
-    world:Corridor=TWO_PRIZES, # Where it was
+    world:Corridor, # Where it was
 )->Tensor: # Weights, shape `(B, T)`
     "Return from here on, minus the exact value of the cell."
     return returns(played.rewards, 1., played.mask) - world.values(logits, 1.)[played.states]
@@ -205,7 +205,7 @@ def minus_value(
 def reward_to_go(
     played:Episodes, # Walks
     logits:Tensor, # Not needed here
-    world:Corridor=TWO_PRIZES, # Not needed here
+    world:Corridor, # Not needed here
 )->Tensor: # Weights, shape `(B, T)`
     "Return from here on: the plain REINFORCE weight."
     return returns(played.rewards, 1., played.mask)
@@ -220,7 +220,7 @@ class Learned(NamedTuple):
 
 def reinforce(
     seed:int, # Decides the walks
-    weigh:Callable[[Episodes, Tensor], Tensor], # How much to encourage each action
+    weigh:Callable[[Episodes, Tensor, Corridor], Tensor], # How much to encourage each action
     lr:float=.5, # Step size of plain gradient ascent
     world:Corridor=TWO_PRIZES, # Where to walk
     updates:int=100, # Steps uphill
@@ -234,7 +234,7 @@ def reinforce(
         try: played = world.sample(logits, walks, generator)
         except CourseError: break
         logprobs = logits.log_softmax(-1)[played.states].gather(-1, played.actions[..., None])[..., 0]
-        loss = reinforce_loss(logprobs, weigh(played, logits.detach()), played.mask) * played.mask.sum() / walks
+        loss = reinforce_loss(logprobs, weigh(played, logits.detach(), world), played.mask) * played.mask.sum() / walks
         optimizer.zero_grad(), loss.backward(), optimizer.step()
     else: curve.append(world.values(logits.detach(), 1.)[world.start].item())
     made = len(curve) - 1

@@ -342,7 +342,7 @@ def test_gradients_of_single_walks_average_to_the_exact_one_with_and_without_bas
     policy = logits.detach()
     played, spread = TWO_PRIZES.sample(policy, 40_000, generator(9)), {}
     for weigh in (reward_to_go, minus_value):
-        g = episode_gradients(weigh(played, policy), played, policy)
+        g = episode_gradients(weigh(played, policy, TWO_PRIZES), played, policy)
         spread[weigh] = g.std(0)
         assert ((g.mean(0) - exact[:, 1]).abs() < 5 * g.std(0) / len(g) ** .5).all()
     assert (spread[minus_value] < spread[reward_to_go]).all()

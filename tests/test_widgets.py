@@ -17,6 +17,7 @@ import pytest
 from conftest import ROOT
 
 CHAPTER = "01_tictactoe.ipynb"
+PANEL = "[...jupyterapp.shell.widgets('main')].find(w => w.sessionContext)"  # the open notebook
 PATIENCE = 600  # seconds for the whole chapter; it needs about one minute on a quiet machine
 
 
@@ -144,19 +145,18 @@ def page(tmp_path_factory, chromium, lab):
             target = next(t for t in json.load(reply) if t["type"] == "page")
         tab = Page(target["webSocketDebuggerUrl"])
         tab.call("Page.enable")
+        tab.call("Emulation.setFocusEmulationEnabled", enabled=True)  # JupyterLab acts on the notebook that has the focus
         tab.call("Page.navigate", url=lab)
-        wait_for(lambda: tab.js("!!(window.jupyterapp && jupyterapp.shell.currentWidget && jupyterapp.shell.currentWidget.sessionContext"
-                                " && jupyterapp.shell.currentWidget.sessionContext.session)"), 240, "the notebook did not open with a kernel")
+        wait_for(lambda: tab.js(f"!!({PANEL}.sessionContext.session)"), 240, "the notebook did not open with a kernel")
+        tab.js(f"jupyterapp.shell.activateById({PANEL}.id)")
         yield tab
     finally:
         stop(browser)
 
 
-CELLS = "jupyterapp.shell.currentWidget.content.widgets.map(c => c.model.toJSON())"
-
-
 def outputs(page: Page) -> list[dict]: # Every output of the chapter, in order
-    return json.loads(page.js(f"JSON.stringify({CELLS}.flatMap(c => c.outputs || []))"))
+    cells = json.loads(page.js(f"JSON.stringify({PANEL}.content.widgets.map(c => c.model.toJSON()))"))
+    return [output for cell in cells for output in cell.get("outputs", [])]
 
 
 def texts(page: Page) -> list[str]: # What stands on the nine squares
@@ -180,7 +180,7 @@ def test_click_a_square_and_the_agent_answers(page, tmp_path):
     assert not errors, errors[0]
 
     # Scroll to the cell whose output is the board; JupyterLab draws only what is near the window.
-    page.js("(() => { const n = jupyterapp.shell.currentWidget.content;"
+    page.js(f"(() => {{ const n = {PANEL}.content;"
             " const i = n.widgets.findIndex(c => /^PlayBoard\\(/m.test(c.model.sharedModel.getSource())); return n.scrollToItem(i, 'center') })()")
     wait_for(lambda: len(texts(page)) == 9, 120, "no board with nine squares appeared")
     assert stones(page) == "." * 9
