@@ -819,7 +819,8 @@ class PlayBoard:
         import ipywidgets as w
         square = w.Layout(width="64px", height="64px", margin="0", padding="0")
         cells = [w.Button(layout=square, tooltip=f"cell {i}") for i in range(9)]
-        who = w.SelectionSlider(options=list(self.players), value=self.name, description="Opponent")
+        who = w.SelectionSlider(options=list(self.players), value=self.name, description="Opponent",
+                                layout=w.Layout(width="360px", max_width="100%"))
         chair = w.ToggleButtons(options=[("you open", True), ("it opens", False)], style={"button_width": "auto"})
         hints = w.Checkbox(value=True, description="show its thoughts", indent=False)
         again, said, saw = w.Button(description="New game"), w.HTML(), w.HTML()

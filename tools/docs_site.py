@@ -24,6 +24,9 @@ import docs_reference
 ROOT = Path(__file__).resolve().parents[1]
 EVERY_NAME = "<!-- every exported name -->"  # in reference.md; replaced by the list
 WIDGETS = "application/vnd.jupyter.widget-view+json"  # needs a kernel and a script from elsewhere; the page shows the other forms
+ACCESSIBLE = {'class="caption" role="heading"': 'class="caption" role="heading" aria-level="2"',
+              '<aside class="sidebar-drawer">': '<aside class="sidebar-drawer" aria-label="Course">',
+              '<aside class="toc-drawer': '<aside aria-label="On this page" class="toc-drawer'}
 CALLOUT = re.compile(r"^::: *\{\.callout-(\w+)[^}]*\}", re.M)
 FENCE = re.compile(r"^ {0,3}(```+|~~~+)")
 
@@ -358,6 +361,11 @@ def build_sphinx(root: Path, pages: Path, out: Path) -> None:
             app.build(force_all=True)
         if app.statuscode:
             raise SystemExit("docs: Sphinx warned (see above); a page of the site would be broken. Mend the notebook that it names.")
+        for path in built.rglob("*.html"):  # what screen readers miss in Sphinx's and Furo's pages
+            text = path.read_text(encoding="utf-8")
+            for plain, better in ACCESSIBLE.items():
+                text = text.replace(plain, better)
+            path.write_text(text, encoding="utf-8")
         (built / ".nojekyll").touch()
         shutil.rmtree(built / "_sources", ignore_errors=True)
         for spare in (".buildinfo", "objects.inv"):
@@ -381,7 +389,7 @@ def setup(app) -> dict:  # Sphinx calls it: formulas become MathML, which browse
 
     def block(visitor, node):
         from docutils.nodes import SkipNode
-        visitor.body.append(f'<div class="formula" tabindex="0" role="region" aria-label="formula">{draw(node.astext(), "block")}</div>')
+        visitor.body.append(f'<div class="formula">{draw(node.astext(), "block")}</div>')
         raise SkipNode
     app.add_html_math_renderer("mathml", inline_renderers=(inline, None), block_renderers=(block, None))
     return {"parallel_read_safe": True, "parallel_write_safe": True}
