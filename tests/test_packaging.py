@@ -142,18 +142,6 @@ def test_an_old_python_is_refused_with_what_to_do(tmp_path):
 
 
 @needs_make
-def test_docs_without_quarto_say_what_to_install(tmp_path):
-    checkout = copy_inputs(tmp_path / "course")
-    shutil.copyfile(ROOT / "Makefile", checkout / "Makefile")
-    programs = tmp_path / "programs"  # a PATH without quarto
-    programs.mkdir()
-    for name in ("bash", "cksum", "cut", "make"):
-        (programs / name).symlink_to(shutil.which(name))
-    done = make("docs", cwd=checkout, env={"PATH": str(programs)})
-    assert done.returncode != 0 and "quarto was not found on PATH" in done.stderr
-
-
-@needs_make
 def test_a_current_environment_is_reused_at_once(tmp_path):
     """With its stamp in place make goes straight to work; with an older stamp it would install first."""
     checkout = copy_inputs(tmp_path / "course")
