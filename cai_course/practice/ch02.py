@@ -58,7 +58,7 @@ advantages_of_a_state = Exercise(
                            "This compares with the average over all actions, as if each were equally likely. The value "
                            "of the state is the average under the policy."),
             "against the best": (lambda p, q: q - q.max(),
-                                 "This compares with the best action. Then nothing could ever be better than expected."),
+                                 "This compares with the best action. Then nothing could be better than expected."),
             "sign": (lambda p, q: (p * q).sum() - q,
                      "The sign is flipped: an action that is better than average has a positive advantage."),
             "weighted": (lambda p, q: p * (q - (p * q).sum()),
@@ -87,11 +87,11 @@ policy_gradient_loss = Exercise(
         lambda logprobs, weights: -(logprobs * weights.detach()).mean(),
         mistakes={
             "sign": (lambda l, w: (l * w.detach()).mean(),
-                     "The sign is flipped: an optimizer that minimizes this makes good actions rarer, and nothing about "
+                     "The sign is flipped: an optimizer that minimizes this makes good actions rarer, and nothing in "
                      "the curve of the loss will tell you."),
             "gradient into the weights": (lambda l, w: -(l * w).mean(),
-                                          "The number is right, but a gradient flows into the weights: the critic would "
-                                          "learn to flatter the policy. Cut the weights off."),
+                                          "The number is right, but a gradient flows into the weights: the critic "
+                                          "would learn to flatter the policy. Cut the weights off."),
             "wrong one detached": (lambda l, w: -(l.detach() * w).mean(),
                                    "It is the log-probabilities that must carry the gradient. Here they were cut off."),
             "probabilities": (lambda l, w: -(l.exp() * w.detach()).mean(),
@@ -113,7 +113,8 @@ def _gae(rewards, values, gamma, lam, after=0., decay=None, sign=1., bootstrap=N
     deltas = [sign * (r + look_ahead * n - v) for r, v, n in zip(rewards, values, following)]
     return _returns(deltas, gamma * lam if decay is None else decay)
 
-_EPISODES = [([0., 0., 1.], [.2, .9, .4], .9, .8), ([1., -1., 0., 2.], [.5, .1, -.3, 1.], .95, .5), ([1.], [.3], .9, .8)]
+_EPISODES = [([0., 0., 1.], [.2, .9, .4], .9, .8), ([1., -1., 0., 2.], [.5, .1, -.3, 1.], .95, .5),
+             ([1.], [.3], .9, .8)]
 
 advantage_loop = Exercise(
     id="02-gae", title="Advantages of one episode", difficulty="medium", minutes=10,
@@ -158,8 +159,8 @@ best_baseline = Exercise(
         _best,
         mistakes={
             "mean reward": (lambda s, r: r.mean(),
-                            "The mean reward is the usual choice and a good one, but not the best: samples with a large "
-                            "score make most of the noise, so they should weigh more."),
+                            "The mean reward is the usual choice and a good one, but not the best: samples with a "
+                            "large score make most of the noise, so they should weigh more."),
             "weighted by size": (lambda s, r: (s.abs() * r).mean() / s.abs().mean(),
                                  "A weighted mean, yes. What is squared in a variance: the score or its size?"),
             "not divided": (lambda s, r: (s ** 2 * r).mean(),
@@ -180,8 +181,8 @@ baseline_quiz = quiz(
      "is quite wrong", "the largest return in the batch", "the return of the same walk"],
     ["The state after the action depends on the action, so this shifts the mean: some actions are pushed for what the "
      "critic believes. GAE does just that, knowingly, when lambda is below 1.",
-     "It was fixed before the action was drawn, and that is all a baseline needs. A wrong one removes less noise, or adds "
-     "some, but the mean stays where it is.",
+     "It was fixed before the action was drawn, and that is all a baseline needs. A wrong one removes less noise, or "
+     "adds some, but the mean stays where it is.",
      "That largest return may be the action's own, so it is not independent of it. In a large batch the harm is small, "
      "but it is not zero.",
      "Then every weight is 0, and so is the gradient. The return depends on the action as much as anything can."],
@@ -189,21 +190,22 @@ baseline_quiz = quiz(
 
 lambda_quiz = quiz(
     "The critic was set to random numbers a minute ago, and a batch holds thousands of episodes. Where do you begin?",
-    ["lambda near 0, because the critic lowers the variance", "lambda near 1, because the batch takes care of the noise",
-     "in the middle, because the middle is always best"],
+    ["lambda near 0, because the critic lowers the variance",
+     "lambda near 1, because the batch takes care of the noise", "in the middle, because the middle is always best"],
     ["It does, but its bias stays however many episodes you average, and this critic knows nothing.",
-     "Thousands of episodes divide the variance by thousands, and with lambda at 1 the critic's errors do no lasting harm. "
-     "Once it has learned, a smaller lambda pays.",
+     "Thousands of episodes divide the variance by thousands, and with lambda at 1 the critic's errors do no lasting "
+     "harm. Once it has learned, a smaller lambda pays.",
      "The best dial moves with the critic and with the number of estimates that are averaged. Both ends can win."],
     correct=1)
 
 discount_quiz = quiz(
-    "A reply of forty tokens earns one reward, at its last token. What does a discount of 0.9 do to the first token's return?",
-    ["nothing: there is only one reward", "it becomes 0.9 times the reward", "less than a fiftieth of the reward is left",
-     "it becomes 0, because the reward lies beyond the horizon"],
+    "A reply of forty tokens earns one reward, at its last token. What does a discount of 0.9 do to the return of the "
+    "first token?",
+    ["nothing: there is only one reward", "it becomes 0.9 times the reward",
+     "less than a fiftieth of the reward is left", "it becomes 0, because the reward lies beyond the horizon"],
     ["One reward or many: each is discounted by its distance from the step whose return it is.",
      "That is the return of the token before the last. The first token lies 39 steps away.",
-     "0.9 to the power of 39 is below 0.02. The opening of a reply, which often decides everything, would hardly learn; "
-     "this is why text usually takes a discount of 1.",
+     "0.9 to the power of 39 is below 0.02. The opening of a reply, which often decides everything, would hardly "
+     "learn; this is why text usually takes a discount of 1.",
      "There is no edge beyond which nothing counts. The return shrinks smoothly, here to less than a fiftieth."],
     correct=2)

@@ -211,8 +211,8 @@ read_a_log = Exercise(
         "entropy and ratio swapped": (_swapped(("A", "ratio"), ("D", "entropy")), "A and D both move fast. In one of "
                                       "them the policy has hardly any choice left; look at `entropy` at the end."),
         "critic taken for healthy": (_swapped(("B", "critic"), ("C", "healthy")), "Compare `explained_variance` of B "
-                                     "and C in the last updates. Above 0 is good, at or below 0 is worse than a "
-                        "constant."),
+                                     "and C in the last updates. Above 0 a critic knows something; at 0 it knows no "
+                                     "more than a constant."),
         "entropy overlooked": (_swapped(("A", "healthy"), ("B", "entropy")), "An entropy that falls slowly is what "
                                "learning looks like. In A it is nearly gone after a few updates."),
         "ratio and critic swapped": (_swapped(("C", "ratio"), ("D", "critic")), "`ratio_max` tells C and D apart at a "
