@@ -87,7 +87,7 @@ class AlignConfig:
     reward_lr: float = _setting(1e-3, "learning rate of the preference model", 1e-8, 1.0)
     steps: int = _setting(40, "PPO steps", 1, 100_000)
     rl_batch: int = _setting(128, "prompts per PPO step", 2, 4096)
-    rl_lr: float = _setting(1e-3, "learning rate of PPO", 1e-8, 1.0)
+    rl_lr: float = _setting(7e-4, "learning rate of PPO", 1e-8, 1.0)
     ppo_epochs: int = _setting(2, "passes over the replies of a PPO step", 1, 32)
     beta: float = _setting(0.3, "weight of the KL penalty, in reward per nat", 0.0, 100.0)
     evaluation_temperature: float = _setting(0.7, "temperature of the replies that measure the result, of all models",
@@ -447,9 +447,10 @@ def evaluation_tasks(
     """Held-out requests of every group, and skill tasks with an exact answer."""
     rows = [{"group": group, "kind": each.kind, "prompt": each.text} for group in world.GROUPS
             for each in world.requests(group, "heldout", limit=config.evaluation,
-                                       seed=step_seed(config.seed, "held-out requests"))]
+                                       seed=step_seed(config.seed, "held-out requests, second draw"))]
     rows += [{"group": "skill", "kind": "skill", "prompt": each.prompt, "answer": each.answer}
-             for each in world.skill_items("heldout", config.evaluation, seed=step_seed(config.seed, "skill"))]
+             for each in world.skill_items("heldout", config.evaluation,
+                                           seed=step_seed(config.seed, "held-out skill, second draw"))]
     return rows + [{"group": "yours", "kind": "yours", "prompt": each} for each in own]
 
 
