@@ -172,8 +172,18 @@ def test_the_results_page_shows_what_is_stored():
         record = json.loads(path.read_text(encoding="utf-8"))
         (line,) = [line for line in shown.splitlines() if f"`{record['name']}`" in line]
         assert f"| {Estimate.from_dict(record['estimate']):.3g} | {len(record['rows'])} | **{record['verdict']}** |" in line, (
-            "results.ipynb is out of date: make notebooks ARGS=nbs/results.ipynb")
+            "results.ipynb is out of date: make notebooks ARGS=nbs/results.ipynb (last of all, after the other notebooks)")
     assert "not measured yet" not in shown and "(out of date)" not in shown
+
+
+@pytest.mark.parametrize("name", [name for name in PAGES if name.endswith(".ipynb")])
+def test_every_picture_of_a_notebook_says_what_it_shows(name):
+    for number, cell in enumerate(json.loads((ROOT / "nbs" / name).read_text(encoding="utf-8"))["cells"]):
+        outputs = cell.get("outputs", [])
+        if any(kind.startswith("image/") for output in outputs for kind in output.get("data", {})):
+            cell["source"] = "".join(cell["source"])
+            alt = docs_site._code_for_sphinx(cell)["metadata"].get("mystnb", {}).get("image", {}).get("alt", "")
+            assert alt.strip(), f"cell {number} draws a figure without words: `#| fig-alt: ...`, or new_figure(alt=...)"
 
 
 def test_every_command_that_a_written_page_names_exists():

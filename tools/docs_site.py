@@ -314,9 +314,10 @@ def _page_for_sphinx(path: Path, name: str, config) -> dict:  # A notebook for m
     return {**book, "cells": cells, "metadata": {"kernelspec": kernel, "language_info": {"name": "python", "pygments_lexer": "python3"}}}
 
 
-def _toctrees(parts: list) -> str:
+def _toctrees(parts: list, titles: dict) -> str:  # `titles`: {file: title of its page}
     def docname(name):
-        return address(name).removesuffix(".html")
+        page, number = address(name).removesuffix(".html"), re.match(r"\d\d(?=_)", name)
+        return f"{number[0]} · {titles[name]} <{page}>" if number else page  # chapters go by their numbers in the text
     return "\n\n".join("```{toctree}\n:hidden:\n" + (f":caption: {section}\n" if section else "") + "\n"
                        + "\n".join(docname(name) for name in names if name != "index.ipynb") + "\n```" for section, names in parts
                        if names != ["index.ipynb"])
@@ -328,15 +329,18 @@ def build_sphinx(root: Path, pages: Path, out: Path) -> None:
     config, site = settings(root), yaml.safe_load((root / "_quarto.yml").read_text(encoding="utf-8"))["website"]
     parts = navigation(root)
     with tempfile.TemporaryDirectory() as folder:
-        source, built = Path(folder, "source"), Path(folder, "built")
+        source, built, titles = Path(folder, "source"), Path(folder, "built"), {}
         for _, names in parts:
             for name in names:
                 book = _page_for_sphinx(pages / name, name, config)
-                if name == "index.ipynb":
-                    book["cells"].append(dict(cell_type="markdown", metadata={}, id="toctrees", source=_toctrees(parts)))
+                titles[name] = book["cells"][0]["source"].split("\n")[0].removeprefix("# ")
                 path = source / Path(address(name)).with_suffix(".ipynb")
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_text(json.dumps(book), encoding="utf-8")
+        front = source / "index.ipynb"
+        book = json.loads(front.read_text(encoding="utf-8"))
+        book["cells"].append(dict(cell_type="markdown", metadata={}, id="toctrees", source=_toctrees(parts, titles)))
+        front.write_text(json.dumps(book), encoding="utf-8")
         static = source / "_static"
         static.mkdir()
         extra = [path for path in pages.iterdir() if path.is_file() and path.suffix not in (".ipynb", ".md", ".scss")]
