@@ -392,3 +392,74 @@ def test_the_papers_own_files():
         assert not any(f in t for f in frames for t in (p.critique_request, p.revision_request, p.comparison_question))
     assert all(e.answer in "AB" and e.a and e.b and "[[[" not in e.a for e in c.comparison_examples)
     assert module._Reader("x").read(c.to_yaml()) == c
+
+
+# the editor
+
+PAIRS = [("P?", "<b>one</b>", "two"), ("Q?", "three", "four")]
+
+
+class Judge:
+    """P(a is better) rises with the length of the question; remembers what it was asked."""
+    def __init__(self): self.asked = []
+
+    def __call__(self, question):
+        self.asked.append(question)
+        return [min(1., len(question) / 100), .2]
+
+
+def editor(**more):
+    judge = Judge()
+    rules = Constitution("two", "1", "", [Principle("x", comparison_question="Which is x?"), Principle("y", comparison_question="Which is y, then?"),
+                                          Principle("silent", critique_request="c", revision_request="r")])
+    return module.PrincipleEditor(rules, PAIRS, judge, **more), judge
+
+
+def test_an_edit_moves_the_judgments_and_nothing_is_asked_twice():
+    edit, judge = editor()
+    assert np.allclose(edit.before(), edit.after()) and judge.asked == ["Which is x?"]
+    assert "Change the question" in edit.message()
+    edit.edit("  " + "Which is x,\nreally and truly and beyond any doubt of mine, x? " + "x" * 10)
+    assert np.allclose(edit.after() - edit.before(), [(len(edit.question) - 11) / 100, 0]) and "\n" not in edit.question
+    assert "1 of 2 verdicts turned" in edit.message()
+    edit.picture(), edit.table(), edit.message()
+    assert len(judge.asked) == 2
+
+
+def test_the_edited_constitution_differs_in_this_one_question():
+    edit, _ = editor(principle="y", question="Which is new?")
+    changes = diff(edit.constitution, edit.edited())
+    assert [(c.what, c.where, c.after) for c in changes] == [("changed", "y.comparison_question", "Which is new?")]
+    assert edit.edited().principles[2] == edit.constitution.principles[2]
+
+
+def test_the_page_without_a_kernel_is_a_picture_and_text_is_escaped(monkeypatch):
+    monkeypatch.delenv("JPY_SESSION_NAME", raising=False)
+    edit, _ = editor(question="<script>x</script>")
+    bundle = edit._repr_mimebundle_()
+    assert set(bundle) == {"image/svg+xml", "text/plain"} and "Pair 2: 0.20 to 0.20." in bundle["text/plain"]
+    assert "<script>" not in bundle["image/svg+xml"] and "<b>one</b>" not in edit.table() and "&lt;b&gt;one" in edit.table()
+
+
+def test_the_live_editor():
+    edit, judge = editor()
+    box = edit.widget()
+    (which, undo), text, said, page = box.children[0].children, *box.children[1:]
+    first = page.value
+    text.value = "Which reply is x, if you look at it for a very long time and from every side?"
+    assert "verdicts turned" in said.value and page.value != first
+    text.value = "   "
+    assert "need 1 to" in said.value and edit.question.startswith("Which reply is x")  # the last good question stands
+    undo.click()
+    assert page.value == first and edit.question == "Which is x?"
+    which.value = "y"
+    assert text.value == edit.question == "Which is y, then?" and list(which.options) == ["x", "y"]
+
+
+@pytest.mark.parametrize("change, words", [(dict(pairs=[]), "at least one"), (dict(pairs=[("a", "b")]), "prompt, a, b"), (dict(ask=lambda q: [.5]), "need 2 prob"),
+                                           (dict(ask=lambda q: [.5, 1.5]), "need 2 prob"), (dict(principle="silent"), "no comparison question"),
+                                           (dict(principle="z"), "no principle"), (dict(question="x" * 3000), "3000 characters")])
+def test_an_editor_that_cannot_work_says_why(change, words):
+    rules = editor()[0].constitution
+    with pytest.raises(CourseError, match=words):
+        module.PrincipleEditor(**{**dict(constitution=rules, pairs=PAIRS, ask=Judge()), **change}).message()
