@@ -13,6 +13,7 @@ from cai_course.errors import CourseError
 from cai_course.plots import (ROLES, baseline, before_after, figure_html, legend, line_with_band, new_figure, role_name,
                               role_style, set_alt, style_axes, to_data_uri, to_svg, training_curves)
 from cai_course.stats import Estimate, estimate, wilson
+from conftest import ROOT
 
 RESULTS = {"harm": {"base": wilson(90, 100), "sl_cai": wilson(30, 100), "rl_cai": wilson(0, 100)},
            "help": {"base": wilson(99, 100).as_dict(), "rl_cai": wilson(98, 100).as_dict()}}
@@ -146,3 +147,11 @@ def test_size_and_panels():
     fig, axes = new_figure(rows=3)
     assert len(axes) == 3 and fig.get_size_inches().tolist() == [5., 3.] and fig.dpi == 120
     assert np.ndim(new_figure()[1]) == 0
+
+
+def test_the_picture_of_the_readme_shows_the_stored_results():
+    sys.path.insert(0, str(ROOT / "tools"))
+    try: import readme_picture
+    finally: sys.path.pop(0)
+    label = ET.fromstring(readme_picture.PICTURE.read_text(encoding="utf-8")).get("aria-label")
+    assert label == readme_picture.figure().alt, "run python tools/readme_picture.py"
