@@ -263,3 +263,49 @@ def test_a_question_is_told_from_a_path(text, question):
     if question: assert compare(Fake(), ["x"], ["a"], ["b"], text, clamp=(.4, .6)).principles == ("question1",) or len(text) > 2000
     else:
         with pytest.raises(CourseError, match="no constitution 'my rules.yaml'"): compare(Fake(), ["x"], ["a"], ["b"], text)
+
+
+# what the experiments are made of
+
+def test_cases_are_as_many_as_asked_and_the_truth_is_the_oracles():
+    from cai_course.judge import judge_cases
+    from cai_course.world import Labeler
+    ideal = Labeler("ideal")
+    for n in (1, 30, 100):
+        cases = judge_cases(n, seed=2)
+        assert len(cases) == n == len(cases.truth) == len(set(zip(*cases.texts))) and cases.groups.count("benign") == n // 3
+        gaps = [ideal.value(p, x) - ideal.value(p, y) for p, x, y in zip(*cases.texts)]
+        assert all(abs(g) > .05 for g in gaps) and [float(g > 0) for g in gaps] == cases.truth.tolist()
+    assert .35 < judge_cases(300).truth.mean() < .65  # the better reply has no favorite place
+    assert judge_cases(9).texts == judge_cases(9).texts != judge_cases(9, seed=1).texts
+
+
+def test_tilting_is_the_closed_form():
+    from cai_course.judge import tilted_value
+    scores, worth = np.array([[0., np.log(3)], [1., 1.]]), np.array([[0., 1.], [.2, .4]])
+    assert np.isclose(tilted_value(scores, worth), (.75 + .3) / 2)
+    assert np.isclose(tilted_value(scores + [[5.], [-9.]], worth), tilted_value(scores, worth))  # a shift per prompt changes nothing
+    assert np.isclose(tilted_value(3 * scores, worth, scale=3.), tilted_value(scores, worth))
+    assert np.isclose(tilted_value(1e6 * scores[:1], worth[:1]), 1.)
+
+
+def test_noise_weakens_in_place_and_repeats():
+    import torch
+    from cai_course.judge import damaged
+    class Small:
+        def __init__(self): self.model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.LayerNorm(4))
+    def weights(noise, seed):
+        torch.manual_seed(0)
+        return [w.detach().clone() for w in damaged(Small(), noise, seed).model.parameters()]
+    still, a, b, c = weights(0., 0), weights(.3, 0), weights(.3, 0), weights(.3, 1)
+    assert torch.equal(a[0], b[0]) and not torch.equal(a[0], c[0]) and not torch.equal(a[0], still[0])
+    assert all(torch.equal(x, y) for x, y in zip(a[1:], still[1:]))  # biases and norms stay
+
+
+def test_a_claim_pays_a_careless_reader_and_not_a_careful_prompt():
+    from cai_course.judge import CLAIMS, Cases, claim_lift
+    cases, gullible = Cases(("p", "q"), ("good good good", "x"), ("y", "good good good"), np.array([1., 0.]), ("harmful",) * 2, ("k",) * 2), Fake(gullible=3.)
+    for claim in CLAIMS[:2]:
+        assert (claim_lift(gullible, cases, claim, ONE, marks_left_in=True) > .1).all()  # towards one half, from far below
+        assert np.allclose(claim_lift(gullible, cases, claim, ONE), 0.)
+    assert np.allclose(claim_lift(gullible, cases, CLAIMS[2], ONE, marks_left_in=True), 0.)
