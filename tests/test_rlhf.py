@@ -1,19 +1,29 @@
 """What a maintainer fears about `rlhf`: a wrong sign, a wrong position, a reference that is not one, drift between runs."""
 import dataclasses
+import json
 import math
+import os
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel, T5Config, T5ForConditionalGeneration
+from safetensors import safe_open
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
 
 from cai_course import rlhf
 from cai_course.errors import CourseError
-from cai_course.models import load_policy
-from cai_course.ppo import PPOConfig
-from cai_course.rl import gae
-from cai_course.rlhf import (TEXT_PPO, AdaptiveKL, FixedKL, RLHFConfig, check_start, kl_per_token, shape_rewards,
-                             train_rlhf)
+from cai_course.models import Policy, Samples, fuse_t5, load_policy
+from cai_course.ppo import PPOConfig, Rollout, policy_loss, ppo_loss, ppo_update
+from cai_course.rl import gae, whiten
+from cai_course.rlhf import (TEXT_PPO, AdaptiveKL, FixedKL, RLHFConfig, check_start, kl_per_token, lora_size, shape_rewards,
+                             start_gap, train_rlhf)
 from conftest import make_tokenizer
+
+FIXTURES = Path(__file__).parent / "fixtures"
 
 NOUNS = ["diary", "bread", "water", "flour", "somebody", "hurt"]
 PROMPTS = [f"how do I read {noun} ?" for noun in NOUNS]
@@ -321,3 +331,234 @@ def test_bad_input_is_refused_before_training(folders, change, words):
 
 def test_a_policy_without_adapter_is_refused(folders):
     with pytest.raises(CourseError, match="start_adapter"): train_rlhf(load_policy(folders("t5")), says_ask, PROMPTS, SMALL)
+
+
+# -- the same numbers as TRL 0.11.4 where it is right, other ones where it is not --------------------
+# Made once by tests/fixtures/trl_0_11_4.py: weights, inputs, and what its PPOTrainer computed from them.
+@pytest.fixture(scope="module")
+def trl():
+    with safe_open(FIXTURES / "trl_0_11_4.safetensors", "pt") as file:
+        notes = {name: json.loads(text) for name, text in file.metadata().items()}
+        return SimpleNamespace(**notes, **{name: file.get_tensor(name) for name in file.keys() if "." not in name},
+                               **{name: {key[len(name) + 1:]: file.get_tensor(key) for key in file.keys() if key.startswith(name + ".")}
+                                  for name in ("weight", "moved", "trl")})
+
+
+def with_weights(policy, weights):
+    """Put TRL's adapter and value head into a policy."""
+    with torch.no_grad():
+        for name, parameter in policy._adapter().items(): parameter.copy_(weights[f"pretrained_model.{name}"])
+        for name in ("weight", "bias"): getattr(policy.value_head, name).copy_(weights[f"v_head.summary.{name}"])
+    return policy
+
+
+def as_policy(trl, dropout=0.):
+    """The fixture's model with the fixture's adapter and value head."""
+    c = trl.config
+    model = T5ForConditionalGeneration(T5Config(
+        feed_forward_proj="gated-gelu", decoder_start_token_id=0, pad_token_id=0, eos_token_id=1, dropout_rate=dropout,
+        **{name: c[name] for name in ("vocab_size", "d_model", "d_kv", "d_ff", "num_layers", "num_decoder_layers", "num_heads")}))
+    model.config.scale_decoder_outputs = False  # the head is not tied, as in FLAN-T5
+    names = {name.replace("pretrained_model.base_model.model.", "").replace(".base_layer", ""): w for name, w in trl.weight.items()}
+    model.lm_head.weight = torch.nn.Parameter(names["lm_head.weight"])
+    missing, _ = model.load_state_dict({k: v for k, v in names.items() if "lora" not in k and "v_head" not in k}, strict=False)
+    assert all("embed_tokens" in name for name in missing)
+    words = {"<pad>": 0, "</s>": 1, "<unk>": 2, **{f"t{i}": i for i in range(3, c["vocab_size"])}}
+    split = Tokenizer(WordLevel(words, unk_token="<unk>"))
+    split.pre_tokenizer = WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=split, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
+    policy = Policy(model.eval().requires_grad_(False), tokenizer, "trl")
+    return with_weights(policy.start_adapter(r=c["r"], alpha=c["alpha"]).add_value_head(), trl.weight)
+
+
+def as_samples(trl):
+    zeros = torch.zeros(trl.responses.shape)
+    return Samples([""] * len(zeros), [""] * len(zeros), trl.prompts, trl.prompt_mask, trl.responses, trl.mask.float(), zeros, zeros,
+                   torch.ones(len(zeros)).bool(), 1.)
+
+
+def close(ours, theirs, mask=None, tolerance=1e-5):
+    """Within `tolerance` of the largest entry (or of 1, if that is smaller): float32 sums of other orders."""
+    ours, theirs = (x.detach().float() if mask is None else x.detach().float()[mask.bool()] for x in (ours, theirs))
+    assert (ours - theirs).abs().max() <= tolerance * max(1., theirs.abs().max()), (ours - theirs).abs().max()
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_logprobs_and_values_are_trls(trl, fused):
+    policy, samples = as_policy(trl), as_samples(trl)
+    if fused: fuse_t5(policy)
+    logprobs, values, _ = policy.evaluate(samples, torch.arange(len(samples)))
+    close(logprobs, trl.trl["logprobs"], trl.mask)
+    close(values, trl.trl["values"] * trl.trl["mask"], trl.trl["mask"])
+    with policy.reference(): bare, _ = policy.logprobs(samples)
+    close(bare, trl.trl["bare_logprobs"], trl.mask)
+    close(policy.logprobs(samples)[0], trl.trl["logprobs"], trl.mask)  # the merged pass agrees as well
+
+
+def test_kl_rewards_advantages_and_returns_are_trls(trl):
+    """On TRL's own mask, which lacks the first token. TRL divides by n - 1 when it whitens."""
+    found, c, mask = trl.trl, trl.config, trl.trl["mask"]
+    close(kl_per_token(found["logprobs"], found["bare_logprobs"], mask), found["kl"], mask)
+    rewards = shape_rewards(trl.scores, found["logprobs"], found["bare_logprobs"], mask, torch.ones(len(mask)), c["beta"])
+    close(rewards, found["rewards"], mask)
+    advantages, returns = gae(rewards, found["values"], mask, c["gamma"], c["lam"])
+    close(returns, found["returns"], mask)
+    n = mask.sum()
+    close(whiten(advantages, mask) * ((n - 1) / n).sqrt(), found["advantages"], mask)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_losses_and_gradients_are_trls(trl, fused):
+    """After a step away from the policy that wrote, with clipped ratios and values."""
+    policy, samples, found, c = with_weights(as_policy(trl), trl.moved), as_samples(trl), trl.trl, trl.config
+    if fused: fuse_t5(policy)
+    logprobs, values, _ = policy.evaluate(samples, torch.arange(len(samples)))
+    close(logprobs, found["new_logprobs"], trl.mask)
+    close(values, found["new_values"], trl.mask)
+    config = PPOConfig(clip=c["clip"], value_clip=c["value_clip"], value_coef=c["vf_coef"] / 2)  # TRL halves the squared error
+    loss, parts = ppo_loss(logprobs, values, None, found["logprobs"], found["values"], found["advantages"], found["returns"],
+                           found["mask"], config)
+    assert parts["clip_fraction"] > 0
+    assert parts["policy_loss"] == pytest.approx(found["policy_loss"].item(), abs=1e-5)
+    assert config.value_coef * parts["value_loss"] == pytest.approx(found["value_loss"].item(), abs=1e-5)
+    loss.backward()
+    for name, parameter in policy._adapter().items(): close(parameter.grad, found[f"grad.pretrained_model.{name}"])
+    close(policy.value_head.weight.grad, found["grad.v_head.summary.weight"])
+    assert any(p.grad.abs().max() > 1e-3 for p in policy._adapter().values())
+
+
+def test_trl_drops_the_users_reference_and_ours_is_the_policy_that_training_starts_from(trl):
+    """Its first KL is the distance to the bare model, although the reference that it was given is the policy itself."""
+    policy, samples, mask = as_policy(trl), as_samples(trl), trl.trl["mask"]
+    assert trl.wrongs["reference_calls"] == 0 and abs(trl.wrongs["first_kl"]) > 1
+    with policy.reference(): bare, _ = policy.logprobs(samples)
+    policy.start_adapter(r=2)  # the fine-tuned adapter is frozen below it
+    now, _ = policy.logprobs(samples)
+    assert kl_per_token(now, bare, mask).sum(1).mean().item() == pytest.approx(trl.wrongs["first_kl"], abs=1e-4)
+    with policy.reference(): reference, _ = policy.logprobs(samples)
+    assert kl_per_token(now, reference, trl.mask).abs().max() < 1e-5
+
+
+def test_trl_gives_the_first_token_no_lesson_and_ours_does(trl):
+    policy, samples = as_policy(trl), as_samples(trl)
+    assert torch.equal(trl.trl["mask"].sum(1), trl.mask.sum(1) - 1) and trl.trl["mask"][:, 0].sum() == 0
+    written = policy.sample(["t5 t6 t7"] * 4, 6, seed=0)
+    assert written.mask[:, 0].all() and torch.equal(written.mask.sum(1) > 0, torch.ones(4).bool())
+    logprobs = policy.evaluate(samples, torch.arange(len(samples)))[0].detach().requires_grad_()
+    rewards = shape_rewards(trl.scores, logprobs.detach(), trl.trl["bare_logprobs"], trl.mask, samples.ended, .2)
+    advantages = whiten(gae(rewards, torch.zeros_like(rewards), trl.mask, 1., .95)[0], trl.mask)
+    for mask, taught in ((trl.mask, True), (trl.trl["mask"], False)):
+        (gradient,) = torch.autograd.grad(policy_loss(logprobs, logprobs.detach(), advantages, mask), logprobs)
+        assert bool((gradient[:, 0] != 0).all()) is taught and bool((gradient[:, 1] != 0).any())
+
+
+def test_trl_writes_with_dropout_after_a_step_and_ours_never_does(trl):
+    assert trl.wrongs["training_after_step"] and trl.wrongs["different_greedy_replies"] > 1
+    policy, samples = as_policy(trl, dropout=.1), as_samples(trl)
+    with torch.no_grad(): logprobs, values, _ = policy.evaluate(samples, torch.arange(len(samples)))
+    rollout = Rollout(logprobs, values, torch.randn(trl.mask.shape), trl.mask)
+    ppo_update(lambda rows: policy.evaluate(samples, rows), rollout, torch.optim.Adam(policy.trainable_parameters()),
+               PPOConfig(minibatch=2, epochs=1))
+    policy.model.train()  # as TRL leaves it
+    assert len({policy.generate(["t5 t6 t7"], 12, temperature=0)[0] for _ in range(8)}) == 1
+
+
+def test_trl_clips_the_first_minibatch_only_and_ours_clips_all(trl):
+    first, *rest = trl.wrongs["clipped_parameters"]
+    assert first > 0 and rest == [0, 0, 0]
+    policy, samples, norms = as_policy(trl), as_samples(trl), []
+    class Watched(torch.optim.SGD):
+        def step(self, *args):
+            norms.append(torch.cat([p.grad.flatten() for g in self.param_groups for p in g["params"]]).norm().item())
+            return super().step(*args)
+    with torch.no_grad(): logprobs, values, _ = policy.evaluate(samples, torch.arange(len(samples)))
+    ppo_update(lambda rows: policy.evaluate(samples, rows), Rollout(logprobs, values, 100 * torch.randn(trl.mask.shape), trl.mask),
+               Watched(policy.trainable_parameters(), lr=1e-3), PPOConfig(minibatch=2, epochs=2, max_grad_norm=1e-3))
+    assert len(norms) == 8 and all(norm == pytest.approx(1e-3, rel=.05) for norm in norms)
+
+
+def test_the_fused_pass_is_the_ordinary_one(trl):
+    """Entropy and its gradient, temperature, the reference, full KL; and again after a fresh adapter took the place of the first."""
+    plain, fused, samples = as_policy(trl), fuse_t5(as_policy(trl)), as_samples(trl)
+    samples.temperature = .7
+    for _ in range(2):
+        seen, texts = [], []
+        for policy in (plain, fused):
+            logprobs, values, entropy = policy.evaluate(samples, [5, 0, 2])
+            (.3 * entropy.sum() + (logprobs * torch.linspace(-1, 1, logprobs.shape[1])).sum() + values.sum()).backward()
+            with policy.reference(): bare = policy.logprobs(samples)[0]
+            seen.append([logprobs, values, entropy, bare, policy.logprobs(samples)[0], policy.full_kl(samples),
+                         *(p.grad for p in policy.trainable_parameters())])
+            texts.append(policy.generate(["t5 t6 t7"] * 2, 8, seed=1))
+            policy.start_adapter(r=2)  # folds the adapter into the weights, in place
+            with torch.no_grad():
+                for i, p in enumerate(policy._adapter().values()):
+                    p.copy_(.2 * torch.randn(p.shape, generator=torch.Generator().manual_seed(i)))
+            policy.value_head.zero_grad()
+        assert texts[0] == texts[1]
+        for ours, theirs in zip(*seen, strict=True): close(theirs, ours, tolerance=5e-5)  # the folded adapters make a very sharp model
+
+
+def test_the_fused_pass_leaves_what_it_does_not_know(trl, folders):
+    policy, samples = fuse_t5(as_policy(trl, dropout=.5)), as_samples(trl)
+    calm = policy.model(input_ids=trl.prompts, decoder_input_ids=trl.responses, use_cache=False).logits
+    assert policy.model(input_ids=trl.prompts, decoder_input_ids=trl.responses, use_cache=True).past_key_values is not None
+    policy.model.train()  # dropout is no part of the fused pass, so the ordinary one must answer
+    assert (policy.model(input_ids=trl.prompts, decoder_input_ids=trl.responses, use_cache=False).logits - calm).abs().max() > .01
+    policy.start_adapter(r=2, targets=["wi_0", "q"])
+    with torch.no_grad():
+        for p in policy._adapter().values(): p.fill_(.1)
+    reference = as_policy(trl).start_adapter(r=2, targets=["wi_0", "q"])
+    with torch.no_grad():
+        for p in reference._adapter().values(): p.fill_(.1)
+    close(policy.evaluate(samples, [0, 1])[0], reference.evaluate(samples, [0, 1])[0])
+    with pytest.raises(CourseError, match="gated T5"): fuse_t5(load_policy(folders("gpt2")))
+
+
+# -- the two ways to fail the first look ------------------------------------------------------------
+def test_the_first_look_tells_dropout_from_a_wrong_reference(folders):
+    policy = fresh(folders("t5"))
+    with torch.no_grad():
+        for p in policy.trainable_parameters(): p += .2 * torch.randn(p.shape, generator=torch.Generator().manual_seed(0))
+    bare = load_policy(folders("t5"))
+    policy.start_adapter(r=4)
+    before = {name: m.p for name, m in policy.model.named_modules() if isinstance(m, torch.nn.Dropout)}
+    kl, own = start_gap(policy, PROMPTS, max_new_tokens=12)
+    assert abs(kl) < 1e-4 and own < 1e-4
+    kl, own = start_gap(policy, PROMPTS, reference=bare, max_new_tokens=12)
+    assert abs(kl) > .01 and own < 1e-4
+    kl, own = start_gap(policy, PROMPTS, dropout=.3, max_new_tokens=12)
+    assert own > .01
+    assert not policy.model.training and before == {
+        name: m.p for name, m in policy.model.named_modules() if isinstance(m, torch.nn.Dropout)}
+    assert start_gap(policy, PROMPTS, max_new_tokens=12)[1] < 1e-4  # the switch leaves nothing behind
+
+
+def test_lora_size():
+    assert lora_size(72, 768, 768, 32) == 3_538_944  # FLAN-T5-base: 36 attentions, q and v; printed by Lab 3
+    with pytest.raises(CourseError, match="must be 1 or more"): lora_size(1, 1, 1, 0)
+
+
+# -- real dialogues ---------------------------------------------------------------------------------
+@pytest.mark.slow
+@pytest.mark.skipif(not os.environ.get("CAI_COURSE_REAL_DATA"), reason="CAI_COURSE_REAL_DATA names no folder of real data")
+def test_dialogsum_through_the_detoxification_loop(tmp_path):
+    """Real dialogues, filtered as in Lab 3, and a random model of FLAN-T5's architecture: the loop must hold, and it must learn."""
+    from conftest import make_tiny_t5
+    path = Path(os.environ["CAI_COURSE_REAL_DATA"]) / "dialogsum" / "dev.jsonl"
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    talks = [row["dialogue"] for row in rows if 200 < len(row["dialogue"]) <= 1000]
+    assert len(talks) > 200, f"{len(talks)} of {len(rows)} dialogues are between 200 and 1000 characters long"
+    prompts = [f"Summarize the following conversation.\n\n{talk}\n\nSummary:" for talk in talks[:48]]
+    policy = load_policy(str(make_tiny_t5(tmp_path / "t5", d_model=64, layers=2))).start_adapter(r=32, alpha=64)
+    def gentle(prompts, replies): # a random model writes no words: fewer shouted letters stand in for fewer insults
+        return torch.tensor([-sum(c.isupper() for c in r) / max(1, len(r)) for r in replies]) * 10
+    config = RLHFConfig(steps=14, batch_size=16, max_new_tokens=16, beta=.02, lr=1e-2, missing_eos_penalty=0.,
+                        ppo=dataclasses.replace(TEXT_PPO, minibatch=8))
+    history = train_rlhf(policy, gentle, prompts, config, seed=0, progress=False)
+    assert history[0]["start_gap"] < 1e-3 and abs(history[0]["kl"]) < 1e-2
+    assert all(row["first_log_ratio"] < 1e-3 for row in history[:-1])
+    assert all(math.isfinite(row["kl"]) for row in history)
+    assert sum(row["proxy"] for row in history[-3:]) > sum(row["proxy"] for row in history[:3])
+    print(f"{len(talks)} of {len(rows)} dialogues; score {history[0]['proxy']:.2f} -> {history[-1]['proxy']:.2f}, "
+          f"KL {history[-1]['kl']:.2f} nats")
