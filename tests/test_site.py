@@ -176,6 +176,12 @@ def test_the_results_page_shows_what_is_stored():
     assert "not measured yet" not in shown and "(out of date)" not in shown
 
 
+def test_the_readme_states_the_time_and_the_memory_of_the_stored_run():
+    found = json.loads((ROOT / "data" / "align" / "results.json").read_text(encoding="utf-8"))
+    text = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    assert f"took {found['seconds'] / 60:.0f} minutes" in text and f"{found['peak_memory_mb'] / 1000:.1f} GB of memory" in text
+
+
 @pytest.mark.parametrize("name", [name for name in PAGES if name.endswith(".ipynb")])
 def test_every_picture_of_a_notebook_says_what_it_shows(name):
     for number, cell in enumerate(json.loads((ROOT / "nbs" / name).read_text(encoding="utf-8"))["cells"]):
