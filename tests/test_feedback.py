@@ -1,4 +1,5 @@
 """Properties and edges of votes, agreement, consensus and labeler reports."""
+import html
 import math
 import random
 from itertools import combinations
@@ -8,9 +9,12 @@ import pandas as pd
 import pytest
 
 from cai_course.errors import CourseError
-from cai_course.feedback import (accuracy_from_agreement, cohen_kappa, collect_rankings, dawid_skene, fleiss_kappa,
-                                 kendall_w, label_agreement, majority, mean_agreement, outlier_labelers,
-                                 pairwise_agreement, rankings_to_votes, vote_table)
+from cai_course import world
+from cai_course.feedback import (AnswerForm, LabelDesk, accuracy_from_agreement, cohen_kappa, collect_rankings,
+                                 consensus_right, dawid_skene, fleiss_kappa, gold_report, instruct, kendall_w,
+                                 label_agreement, majority, mean_agreement, noisy_values, outlier_labelers,
+                                 outlier_study, pairwise_agreement, rankings_to_votes, single_labels, truth_gap,
+                                 truth_pairs, vague_crowd, vote_table, written_sets)
 
 HOUSE = ["nothing to do", "air conditioning", "not too hot"]
 
@@ -237,3 +241,205 @@ def test_world_labelers_fit():
     sets = [[reply(r, style, random.Random(style)) for style in ("helpful", "evasive", "rude")] for r in asked]
     report = outlier_labelers(rankings_to_votes(collect_rankings([r.text for r in asked], sets, labelers(), seed=0)))
     assert report.verdict["Evan"] == "reversed" and (report.verdict.drop("Evan") != "reversed").all()
+
+
+# ---- forms: rankings, ties, thumbs
+
+@pytest.mark.parametrize("person", world.labelers(), ids=lambda p: p.name)
+def test_noisy_values_are_those_that_the_person_ranks_by(person):
+    prompts, sets = written_sets(6, seed=1)
+    for prompt, texts in zip(prompts, sets):
+        ours = noisy_values(person, prompt, texts, random.Random(3))
+        theirs = person.rank(prompt, texts, random.Random(3))
+        assert [sorted(ours, reverse=True).index(v) + 1 for v in ours] == theirs
+
+
+def test_forms():
+    prompts, sets = written_sets(20, seed=2)
+    for person in world.labelers():
+        ask = lambda form: [form.rank(p, t, random.Random(0)) for p, t in zip(prompts, sets)]
+        plain, narrow = ask(person), ask(AnswerForm(person, width=0.))
+        assert narrow == plain                                          # nothing is closer than nothing
+        assert all(set(r) == {1} for r in ask(AnswerForm(person, width=math.inf)))
+        for strict, loose in zip(plain, ask(AnswerForm(person, width=1.))):
+            assert all((a < b) <= (x <= y) for a, x in zip(strict, loose) for b, y in zip(strict, loose))
+        thumbs = ask(AnswerForm(person, "thumbs"))
+        assert {x for r in thumbs for x in r} == {1, 2}
+    careful, foe = world.Labeler("A", 50.), world.Labeler("B", 50., bad_faith=True)
+    up = [AnswerForm(p, "thumbs").rank(prompts[0], sets[0], random.Random(1)) for p in (careful, foe)]
+    worth = [careful.value(prompts[0], t) for t in sets[0]]
+    assert up[0] == [1 if v > .2 else 2 for v in worth] and up[1] == [3 - x for x in up[0]]
+    with pytest.raises(CourseError, match="stars"): AnswerForm(careful, "stars").rank("p", ["a"], random.Random(0))
+
+
+def test_ties_do_not_chain():
+    "Three values, each within the width of the next but the last not of the first: two ranks, not one."
+    class Fixed:
+        name, bad_faith, reliability, length_bias = "F", False, 1., 0.
+        def value(self, prompt, text): return float(text)
+    class NoNoise(random.Random):
+        def random(self): return math.exp(-1)                            # -log(-log(x)) = 0
+    form = AnswerForm(Fixed(), width=1.)
+    assert form.rank("p", ["0", "0.8", "1.6"], NoNoise()) == [3, 1, 1]
+    assert form.rank("p", ["5", "0", "4.5", "-9"], NoNoise()) == [1, 3, 1, 4]
+
+
+# ---- the truth, instructions, gold questions
+
+def test_consensus_right_counts_as_the_reader_would():
+    prompts, sets = written_sets(10, seed=3)
+    votes = rankings_to_votes(collect_rankings(prompts, sets, [world.Labeler("sure", 1e6)]))
+    tasks = majority(votes)
+    gap = truth_gap(tasks)
+    right, where = consensus_right(tasks)
+    assert right.mean() > .99 and len(right) == len(where) == (abs(gap) > 1e-9).sum()
+    assert consensus_right(tasks.assign(probability=1 - tasks.probability))[0].mean() < .01
+    assert set(consensus_right(tasks.assign(probability=.5))[0]) == {.5}
+    pairs = truth_pairs(prompts, sets)
+    assert len(pairs) == (abs(gap) > 1e-9).sum()
+    reader = world.Labeler("r")
+    assert all(reader.value(p["prompt"], p["chosen"]) > reader.value(p["prompt"], p["rejected"]) for p in pairs)
+
+
+def test_written_sets():
+    prompts, sets = written_sets(8, "heldout", seed=4)
+    assert len(prompts) == len(set(prompts)) == 8 and all(len(s) == 4 for s in sets)
+    assert (prompts, sets) == written_sets(8, "heldout", seed=4) != written_sets(8, "heldout", seed=5)
+    for bad in (0, 1, 7, -2): pytest.raises(CourseError, written_sets, bad)
+
+
+def test_instructions_cure_one_misreading_each():
+    people = vague_crowd(40, seed=1)
+    assert any(p.bad_faith for p in people) and any(p.leniency for p in people) and any(p.length_bias for p in people)
+    assert not any(p.bad_faith for p in instruct(people, "scale")) and instruct(people) == people
+    both = instruct(people, "harm", "length")
+    assert all(p.leniency == p.length_bias == 0 for p in both)
+    assert [p.bad_faith for p in both] == [p.bad_faith for p in people]
+    assert [p.reliability for p in instruct(people, "examples")] == [2 * p.reliability for p in people]
+    with pytest.raises(CourseError, match="smile"): instruct(people, "smile", "harm")
+
+
+def test_gold_questions_see_through_a_gang():
+    votes = crowd([.9, .9, .1, .1, .1], 200)
+    assert (outlier_labelers(votes).verdict[["L0", "L1"]] == "reversed").all()
+    tasks = majority(votes)
+    gold = {r.task: int(r.a.startswith("good")) for r in tasks.head(40).itertuples()}
+    report = gold_report(votes, gold)
+    assert report.low[["L0", "L1"]].min() > .5 > report.high[["L2", "L3", "L4"]].max()
+    assert (report.contests == 40).all()
+    mine = vote_table(votes).loc[list(gold), "L0"]
+    assert report.right["L0"] == pytest.approx(np.mean([mine[t] == g for t, g in gold.items()]))
+    for bad, words in (({}, "none of the 0"), ({-5: 1}, "none of the 1"), ({0: .5}, "1 .a is better. or 0")):
+        with pytest.raises(CourseError, match=words): gold_report(votes, bad)
+
+
+def test_single_labels_divide_the_work():
+    prompts, sets = written_sets(60, seed=5)
+    rows = single_labels(prompts, sets, world.labelers(), seed=1)
+    assert [r["prompt"] for r in rows] == prompts and len({r["labeler"] for r in rows}) == 5
+    assert rows == single_labels(prompts, sets, world.labelers(), seed=1) != single_labels(prompts, sets, world.labelers(), 2)
+
+
+def test_outlier_study_drops_and_turns_only_the_flagged():
+    study = outlier_study(0, shared=30, single=20)
+    assert list(study["report"].index[study["report"].verdict == "reversed"]) == ["Evan"]
+    everybody, dropped, turned = (study["arms"][k] for k in ("everybody", "dropped", "turned"))
+    assert dropped == [p for p in everybody if p["source"] != "Evan"] and 0 < len(dropped) < len(everybody)
+    key = lambda p: (p["prompt"], p["source"], frozenset([p["chosen"], p["rejected"]]))
+    before, after = ({key(p): p["chosen"] for p in rows} for rows in (everybody, turned))
+    assert before.keys() == after.keys()
+    assert all((before[k] == after[k]) == (k[1] != "Evan") for k in before)
+    assert not {p["prompt"] for p in everybody} & {p["prompt"] for p in study["held_out"]}
+
+
+# ---- the desk
+
+def panel(n=4, names=(0, 2, 4)):
+    prompts, sets = written_sets(n, seed=6)
+    return collect_rankings(prompts, sets, [world.labelers()[i] for i in names], seed=1)
+
+
+def test_desk_collects_ordinary_rankings():
+    desk = LabelDesk(panel(), seed=1)
+    assert not desk.done and desk.rankings == [] and "Prompt 1 of 4" in desk.message()
+    assert sorted(desk.shown) == sorted(panel()[0]["completions"])
+    assert desk.click(2) and not desk.click(2) and not desk.click(9) and not desk.click(-1)   # taken, or not there
+    assert not desk.submit() and desk.rankings == []                                          # not all have a rank
+    shown = desk.shown
+    assert desk.click(0, same=True) and desk.click(3) and desk.click(1, same=True) and desk.submit()
+    (row,) = desk.rankings
+    given = dict(zip(row["completions"], row["ranks"]))
+    assert [given[text] for text in shown] == [1, 3, 1, 3] and row["labeler"] == "you"
+    assert "Prompt 2 of 4" in desk.message() and "%" in desk.message()
+    desk.click(0), desk.clear()
+    assert desk.click(0)
+    votes = desk.votes()
+    assert set(votes.labeler) == {"Asha", "Cleo", "Evan", "you"} and votes.prompt.nunique() == 1
+
+
+def test_somebody_who_copies_agrees_with_whom_he_copies():
+    others = panel(10)
+    desk = LabelDesk(others)
+    asha = {r["prompt"]: dict(zip(r["completions"], r["ranks"])) for r in others if r["labeler"] == "Asha"}
+    while not desk.done:
+        ranks = asha[desk.prompts[desk.place]]
+        for text in sorted(desk.shown, key=ranks.get): desk.click(desk.shown.index(text))
+        assert desk.submit()
+    assert pairwise_agreement(desk.votes()).loc["you", "Asha"] == 1 and not desk.submit() and not desk.click(0)
+    assert "All prompts are done." in desk.message() and desk.shown == []
+    assert desk.report().index.tolist() == ["Asha", "Cleo", "Evan", "you"]
+
+
+def test_desk_refuses_what_it_cannot_use():
+    with pytest.raises(CourseError, match="no rankings"): LabelDesk([])
+    with pytest.raises(CourseError, match="another name"): LabelDesk(panel(), name="Asha")
+    with pytest.raises(CourseError, match="nothing is ranked"): LabelDesk(panel()).votes()
+    rows = house(A=[1, 2, 3]) + [house(B=[1, 2])[0] | dict(completions=HOUSE[:2])]
+    with pytest.raises(CourseError, match="other replies"): LabelDesk(rows)
+    with pytest.raises(CourseError, match="ranking 0"): LabelDesk([dict(prompt="p")])
+
+
+def test_desk_with_one_other_has_no_majority_to_compare_with():
+    desk = LabelDesk(house(A=[1, 2, 3]))
+    for i in range(3): desk.click(i)
+    assert desk.submit() and desk.message() == "All prompts are done."
+
+
+def test_desk_without_a_kernel_is_a_table_with_escaped_text(monkeypatch):
+    monkeypatch.delenv("JPY_SESSION_NAME", raising=False)
+    rows = [r | dict(prompt="<script>x</script>", completions=["<b>1</b>", "two", "three"]) for r in house(A=[1, 2, 3])]
+    bundle = LabelDesk(rows)._repr_mimebundle_()
+    assert set(bundle) == {"text/html", "text/plain"} and "?" in bundle["text/html"]
+    assert "<script" not in bundle["text/html"] and "<b>" not in bundle["text/html"]
+    assert "1 prompt" in bundle["text/plain"]
+
+
+@pytest.mark.slow
+def test_clicks_reach_the_desk(monkeypatch):
+    pytest.importorskip("ipywidgets")
+    desk = LabelDesk(panel(2), seed=3)
+    asked, *rows, controls, said, before = desk.widget().children
+    same, again, hand_in = controls.children
+    buttons, texts = [r.children[0] for r in rows], [r.children[1] for r in rows]
+    assert desk.prompts[0] in html.unescape(asked.value) and [html.unescape(t.value) for t in texts] == desk.shown
+    assert hand_in.disabled
+    buttons[1].click()
+    assert buttons[1].description == "rank 1" and buttons[1].disabled
+    same.value = True
+    buttons[3].click()
+    assert buttons[3].description == "rank 1" and same.value is False      # holds for one click
+    again.click()
+    assert {b.description for b in buttons} == {"choose"} and desk.clicked == []
+    for b in buttons: b.click()
+    assert not hand_in.disabled
+    hand_in.click()
+    assert len(desk.rankings) == 1 and sorted(desk.rankings[0]["ranks"]) == [1, 2, 3, 4]
+    assert desk.prompts[1] in html.unescape(asked.value)
+    assert "Prompt 2 of 2" in said.value and "role=\"status\"" in said.value
+    assert desk.prompts[0] in html.unescape(before.value) and ">you</th>" in before.value and "?</td>" not in before.value
+    for b in buttons: b.click()
+    hand_in.click()
+    assert desk.done and hand_in.disabled and all(r.layout.display == "none" for r in rows) and asked.value == ""
+    monkeypatch.setenv("JPY_SESSION_NAME", "x.ipynb")
+    monkeypatch.delenv("IN_TEST", raising=False)
+    assert "application/vnd.jupyter.widget-view+json" in desk._repr_mimebundle_()
