@@ -6,9 +6,9 @@ import pytest
 from scipy.special import comb
 
 from cai_course.errors import CourseError
-from cai_course.pairs import (from_trl, group_pairs, load_pairs, pair_targets, preferred_first, rankings_to_pairs,
-                              save_pairs, shared_prompts, split_by_prompt, swap_pair, thumbs_to_pairs, to_dataset,
-                              to_trl, validate_pairs)
+from cai_course.pairs import (from_trl, group_pairs, load_pairs, memory_score, noisy_pairs, pair_targets,
+                              preferred_first, rankings_to_pairs, save_pairs, shared_prompts, six_replies,
+                              split_by_prompt, swap_pair, thumbs_to_pairs, to_dataset, to_trl, validate_pairs)
 
 ROW = dict(prompt="p", chosen="a", rejected="b")
 
@@ -213,3 +213,32 @@ def test_real_hh_pairs():
     pairs = from_trl(rows, identical="drop")
     assert len(pairs) > .98 * len(rows)
     assert np.mean([p["prompt"].endswith("\n\nAssistant:") for p in pairs]) > .95
+
+
+def test_six_replies_and_noisy_pairs():
+    prompts, sets = six_replies(6, "heldout", seed=2)
+    assert len(set(prompts)) == 6 and all(len(s) == 6 for s in sets)
+    for bad in (0, 3, -2): pytest.raises(CourseError, six_replies, bad)
+    rows = noisy_pairs(6, seed=2)
+    assert len(validate_pairs(rows)) == len(rows) <= 90 and rows == noisy_pairs(6, seed=2) != noisy_pairs(6, seed=3)
+    assert all(len(g) == 15 for g in group_pairs(noisy_pairs(20))), "six different replies, no ties"
+
+
+def test_one_ranking_is_consistent():
+    "No cycles: within a prompt the number of wins is a permutation of 0..5."
+    for group in group_pairs(noisy_pairs(10, care=.1)):
+        wins = {}
+        for r in group:
+            wins[r["chosen"]] = wins.get(r["chosen"], 0) + 1
+            wins.setdefault(r["rejected"], 0)
+        assert sorted(wins.values()) == [0, 1, 2, 3, 4, 5]
+
+
+def test_memory_knows_only_what_it_saw():
+    rows = [ROW, ROW | dict(rejected="c"), ROW | dict(chosen="b", rejected="c", label=.75)]
+    score = memory_score(rows)
+    assert score(["p"] * 4, list("abcd")).tolist() == [2., -.5, -1.5, 0.]
+    assert score([" P"], ["a"]).tolist() == [2.] and score(["q"], ["a"]).tolist() == [0.]
+    from cai_course.reward import pair_correct
+    train, test = split_by_prompt(noisy_pairs(20), .2)
+    assert set(pair_correct(memory_score(train), test)) == {.5} and pair_correct(memory_score(test), test).mean() > .95
