@@ -8,7 +8,8 @@ import torch
 
 from cai_course.errors import CourseError
 from cai_course.overoptimization import (GaoFit, RewardEnsemble, best_of_n, best_of_n_curve, best_of_n_kl, best_of_n_probs,
-                                         early_stop, fit_gao, gao_bon, gao_rl, kl_divergence, regressional_slope, tilt)
+                                         climb, early_stop, fall_from_peak, fit_gao, fit_linear_reward, gao_bon, gao_rl,
+                                         gold_value, kl_divergence, make_arena, regressional_slope, small_proxy, tilt)
 
 
 class Writer:
@@ -190,3 +191,56 @@ def test_early_stop():
     for args, words in (((rows([None] * 3),), "nothing to decide by"), (([],), "history is empty"),
                         ((run, -1.), "above max_kl"), ((run, None, 0), "patience is 0")):
         with pytest.raises(CourseError, match=words): early_stop(*args)
+
+
+# -- the arena --------------------------------------------------------------------------------------
+def test_arena_is_centered_and_repeats():
+    one, two, other = make_arena(3, replies=2000), make_arena(3, replies=2000), make_arena(4, replies=2000)
+    assert np.array_equal(one.proxies, two.proxies) and not np.array_equal(one.proxies, other.proxies)
+    assert one.gold.mean() == pytest.approx(0, abs=1e-9) and one.start.sum() == pytest.approx(1)
+    assert np.allclose(one.proxies.mean(1), 0) and np.allclose(one.proxies.std(1), 1) and len(one.proxies) == 5
+    def agreement(n): return np.corrcoef(make_arena(0, comparisons=n, replies=2000).proxies)[np.triu_indices(5, 1)].mean()
+    assert agreement(30) < agreement(300) < agreement(3000)                    # more labels, less of their own noise
+
+
+def test_linear_reward_is_the_minimum_of_its_loss():
+    rng = np.random.default_rng(0)
+    left, right = rng.standard_normal((2, 300, 3))
+    won = (rng.random(300) < 1 / (1 + np.exp(-(left - right) @ [1., -1., .5]))).astype(float)
+    def loss(w): return np.log(1 + np.exp(-(2 * won - 1) * ((left - right) @ w))).sum() + .5 * w @ w
+    w = fit_linear_reward(left, right, won)
+    assert all(loss(w) < loss(w + step) for step in .05 * np.vstack([np.eye(3), -np.eye(3)]))
+    assert np.allclose(fit_linear_reward(right, left, 1 - won), w)             # said the other way round
+
+
+def test_climbing_raises_the_proxy_and_a_price_leads_to_the_tilt():
+    arena = make_arena(1, comparisons=400, replies=1500)
+    score = arena.proxies[0]
+    free, priced = climb(arena, score, 60), climb(arena, score, 400, beta=1.)
+    assert free[0]["kl"] == pytest.approx(0, abs=1e-12) and free[0]["proxy"] == pytest.approx(0, abs=1e-9)
+    assert (np.diff([r["proxy"] for r in free]) > 0).all() and (np.diff([r["kl"] for r in free]) > 0).all()
+    end = tilt(arena.start, score, 1.)                                         # a linear score: the tilt is in reach
+    assert priced[-1]["kl"] == pytest.approx(kl_divergence(end, arena.start), rel=.02)
+    assert priced[-1]["gold"] == pytest.approx(end @ arena.gold, abs=.02)
+
+
+def test_fall_from_peak_is_fair():
+    assert fall_from_peak([[0., 0.], [4., 4.], [1., 1.]], window=1) == 3.
+    rng = np.random.default_rng(0)
+    flat = [fall_from_peak(rng.standard_normal((20, 32))) for _ in range(400)] # nothing happens: no fall on average
+    assert abs(np.mean(flat)) < 4 * np.std(flat) / 20
+    naive = [x.mean(1).max() - x.mean(1)[-1] for x in rng.standard_normal((400, 20, 32))]
+    assert np.mean(naive) > .2                                                 # the lucky peak would find one
+    for bad in ([1., 2.], [[1.], [2.], [3.]], [[1., 2.]]):
+        with pytest.raises(CourseError, match="rollouts"): fall_from_peak(bad)
+
+
+def test_gold_value_and_the_small_proxy():
+    from cai_course import world
+    from random import Random
+    asked = world.requests("harmful", "heldout", limit=6, seed=0)
+    kinds = [gold_value([r.text for r in asked], [world.reply(r, style, Random(0)) for r in asked]).mean().item()
+             for style in ("refuse", "evasive", "comply")]
+    assert kinds == sorted(kinds, reverse=True)
+    model = small_proxy(0, requests=10)
+    assert model(["a"], ["b"]).shape == (1,) and model.scale.item() != 1.

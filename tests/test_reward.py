@@ -1,15 +1,21 @@
 """Properties and edges of the Bradley-Terry loss, reward models and calibration."""
+import gzip
+import json
 import math
+import os
 
 import numpy as np
 import pytest
 import torch
 
+from cai_course import world
 from cai_course.errors import CourseError
-from cai_course.reward import (ClassifierReward, RewardModel, RewardTrainer, accuracy, bayes_accuracy,
-                               bradley_terry_loss, calibration_curve, class_reward, expected_calibration_error,
-                               normalize, pair_correct, preference_probability, score_pairs, tiny_reward_model,
-                               train_reward_model)
+from cai_course.pairs import group_pairs
+from cai_course.reward import (CROWD, ClassifierReward, RewardModel, RewardTrainer, accuracy, bayes_accuracy,
+                               bradley_terry_loss, calibration_curve, class_reward, crowd_pairs, expected_accuracy,
+                               expected_calibration_error, fit_by_hand, hh_accuracy, hh_pairs, normalize, pair_correct,
+                               preference_probability, score_pairs, tiny_reward_model, train_reward_model,
+                               train_with_trl)
 
 GOOD, BAD = ["kind", "warm", "clear"], ["rude", "cold", "vague"]
 FILL = ["the", "a", "lamp", "river", "coat", "stone", "goes", "is"]
@@ -445,3 +451,73 @@ def test_classifier_reward(tmp_path):
     for call in (lambda: ClassifierReward(str(tmp_path), "toxic"),
                  lambda: ClassifierReward(str(tmp_path / "no"), "hate"),
                  lambda: ClassifierReward(str(tmp_path), "hate", kind="x")): pytest.raises(CourseError, call)
+
+
+# --- the loop by hand, the crowd, TRL
+
+@pytest.mark.parametrize("sign, better", [(-1., True), (1., False)])
+def test_the_loop_by_hand_goes_where_its_sign_says(sign, better):
+    model, held_out = tiny(), planted_pairs(100, 30)
+    losses = fit_by_hand(model, planted_pairs(300, 0), sign, batch_size=16, lr=3e-3)
+    assert losses[-1] < losses[0] and not model.training           # what is minimized falls either way
+    assert (accuracy(model, held_out) > .9) == better and (accuracy(model, held_out) < .1) == (not better)
+
+
+def test_crowd_pairs_keep_their_promises():
+    rows = crowd_pairs(8, seed=3, harmful=.25, replies=3)
+    groups = group_pairs(rows)
+    assert rows == crowd_pairs(8, seed=3, harmful=.25, replies=3) != crowd_pairs(8, seed=4, harmful=.25, replies=3)
+    assert len(groups) == 8 and all(len(g) <= 3 for g in groups)
+    kinds = [world.understand(g[0]["prompt"])[0].group for g in groups]
+    assert kinds.count("harmful") == 2 and kinds.count("benign") == 6
+    assert not {r["prompt"] for r in rows} & {r["prompt"] for r in crowd_pairs(40, "heldout", seed=3)}
+
+
+def test_expected_accuracy_is_the_mean_over_all_labels():
+    rows = crowd_pairs(6, seed=1)
+    model = tiny_reward_model([r["chosen"] for r in rows], 0)
+    chosen, rejected = (x.numpy() for x in score_pairs(model, rows))
+    chance = np.array([CROWD.prob(r["prompt"], r["chosen"], r["rejected"]) for r in rows])
+    fresh = np.random.default_rng(0).random((20_000, len(rows))) < chance              # labels thrown anew
+    assert expected_accuracy(model, rows) == pytest.approx(((chosen > rejected) == fresh).mean(), abs=.005)
+    swapped = [r | dict(chosen=r["rejected"], rejected=r["chosen"]) for r in rows]
+    assert expected_accuracy(model, swapped) == pytest.approx(expected_accuracy(model, rows))
+    assert expected_accuracy(model, rows) <= bayes_accuracy(chance) + 1e-12
+
+
+def test_trl_trains_the_same_network():
+    rows, held_out, model = planted_pairs(200, 0), planted_pairs(100, 60), tiny()
+    before = torch.random.get_rng_state()
+    train_with_trl(model, rows, epochs=2, lr=3e-3, batch_size=16)
+    assert accuracy(model, held_out) > .9 and not model.training
+    assert torch.equal(before, torch.random.get_rng_state())
+
+
+# --- real people
+
+def test_hh_pairs_are_read_and_cut(tmp_path, monkeypatch):
+    monkeypatch.delenv("CAI_COURSE_REAL_DATA", raising=False)
+    assert hh_pairs() == []
+    with pytest.raises(CourseError, match="holds no hh-rlhf"): hh_pairs(tmp_path)
+    head = "\n\nHuman: " + "word " * 100 + "why?\n\nAssistant:"
+    (tmp_path / "hh-rlhf").mkdir()
+    with gzip.open(tmp_path / "hh-rlhf" / "a.jsonl.gz", "wt", encoding="utf-8") as file:
+        file.write(json.dumps(dict(chosen=head + " Because it is.", rejected=head + " No " + "no " * 100)) + "\n")
+    (row,) = hh_pairs(tmp_path, before=5, after=7)
+    assert row["prompt"].split()[-2:] == ["why?", "Assistant:"] and len(row["prompt"].split()) == 5
+    assert row["chosen"] == "Because it is." and row["rejected"] == "No no no no no no no"
+
+
+def test_hh_accuracy_holds_every_pair_out_once():
+    rows = planted_pairs(200, 0)
+    found, body = hh_accuracy(rows, epochs=6)
+    assert found.n == len({r["prompt"] for r in rows}) and found.low > .5 and body
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not os.environ.get("CAI_COURSE_REAL_DATA"), reason="CAI_COURSE_REAL_DATA names no folder of real data")
+def test_a_reward_model_on_real_pairs_does_no_worse_than_a_coin():
+    pairs = hh_pairs()
+    found, body = hh_accuracy(pairs, folds=3, epochs=2)
+    print(f"HH-RLHF harmless, {len(pairs)} pairs, {body}: held-out accuracy {found}")
+    assert len(pairs) > 1000 and found.high > .5 and found.high - found.low < .1
