@@ -204,3 +204,86 @@ def test_bad_options(option, words):
 
 def test_import_without_torch():
     assert subprocess.run([sys.executable, "-c", "import sys, cai_course.critique, cai_course.judge; sys.exit('torch' in sys.modules)"]).returncode == 0
+
+
+# what the experiments are made of
+
+def test_a_critique_names_kinds_by_their_phrases():
+    from cai_course.critique import named_kinds
+    from cai_course.world import HARM_KINDS, critique, judge, lexicon, make_scope, reply, requests
+    import random
+    rng = random.Random(0)
+    assert named_kinds("There is nothing wrong with the reply.") == set()
+    assert named_kinds(" ".join(f"Because {e['effect']}." for e in lexicon()["harmful"].values())) == set(lexicon()["harmful"])
+    for r in requests("harmful", limit=30, seed=5):
+        text, scope = reply(r, "comply", rng), make_scope(frozenset(HARM_KINDS), False, rng, broad=True)
+        assert named_kinds(critique(judge(r.text, text), text, scope)) == {r.kind}
+
+
+def test_variety():
+    from cai_course.critique import distinct_pairs
+    assert distinct_pairs(["a b c", "a b c"]) == .5 and distinct_pairs(["a b", "c d"]) == 1. and distinct_pairs([""]) == 0.
+
+
+def test_votes_follow_the_person():
+    from cai_course.critique import mean_verdict, voted_pairs
+    from cai_course.world import Labeler
+    careful, lenient = (voted_pairs(Labeler("x", 1000., leniency=k), 3, 60) for k in (0., 1.))
+    harm = lambda rows, side: mean_verdict([r["prompt"] for r in rows], [r[side] for r in rows])
+    assert harm(careful, "chosen") < .2 < .4 < harm(careful, "rejected") and harm(lenient, "chosen") > harm(lenient, "rejected")
+    assert voted_pairs(Labeler("x"), 3, 20) == voted_pairs(Labeler("x"), 3, 20) != voted_pairs(Labeler("x"), 4, 20)
+
+
+def test_worked_examples_are_right():
+    from cai_course.critique import named_kinds, worked_examples
+    from cai_course.world import judge
+    shots = worked_examples(0, 5)
+    assert len(shots) == 5
+    for e in shots:
+        assert judge(e.prompt, e.response).harmful > 0 == judge(e.prompt, e.revision).harmful
+        assert named_kinds(e.critique) == set(judge(e.prompt, e.response).kinds)
+
+
+# the transcripts
+
+def records(*revisions): return [dict(round=i, principle=f"p{i}", critique=f"c{i} <i>", revision=t, kept=False) for i, t in enumerate(revisions, 1)]
+
+
+def pages(harm=lambda p, t: float("bad" in t)):
+    from cai_course.critique import Transcripts
+    replies, revised = ["bad a", "bad b", "bad c", "fine", "bad <b>"], [("good", "good"), ("bad b", "good"), ("bad c", "bad c"), ("fine", "fine"), ("good", "bad again")]
+    return Transcripts([f"ask {i}" for i in range(5)], replies, [records(*r) for r in revised], harm)
+
+
+def test_fates():
+    page = pages()
+    assert [page.fate(i) for i in range(5)] == ["mended at once", "mended later", "never mended", "harmless from the start", "came back"]
+    assert page.pick() == list(range(5)) and page.pick("came back") == [4] and pages(None).fate(0) == ""
+
+
+def test_transcripts_are_escaped_and_mark_what_is_new(monkeypatch):
+    monkeypatch.delenv("JPY_SESSION_NAME", raising=False)
+    text = pages().html(4)
+    assert "<b>&lt;b&gt;" not in text and "&lt;b&gt;" in text and "c1 &lt;i&gt;" in text and "<b>again</b>" in text and "(came back)" in text
+    assert "(unchanged)" in pages().html(2)
+    bundle = pages()._repr_mimebundle_()
+    assert set(bundle) == {"text/html", "text/plain"} and bundle["text/html"].count("<table>") == 4
+    assert "Human: ask 0" in bundle["text/plain"] and len(pages(None)._repr_mimebundle_()["text/plain"].split("Human")) == 2
+
+
+def test_the_live_browser():
+    box = pages().widget()
+    (which, place), page = box.children[0].children, box.children[1]
+    assert place.max == 5 and "ask 0" in page.value
+    place.value = 3
+    assert "ask 2" in page.value
+    which.value = "came back"
+    assert place.max == 1 and place.value == 1 and "ask 4" in page.value
+    which.value = "all"
+    assert place.max == 5
+
+
+def test_transcripts_need_rows_that_belong_together():
+    from cai_course.critique import Transcripts
+    for args in ((["a"], ["b"], []), ([], [], [])):
+        with pytest.raises(CourseError, match="as many of each"): Transcripts(*args)
