@@ -349,3 +349,63 @@ def test_real_red_team_prompts_with_the_published_principles(small, tmp_path):
     page = (tmp_path / "real" / "report.html").read_text()
     assert "lie outside the pocket world" in page and "<script" not in page
     assert len(RunFolder(tmp_path / "real").rows("20_revisions.jsonl")) == 24
+
+
+# --- other teachers, refrains, released answers ---
+
+def test_a_teacher_picks_what_it_scores_highest_among_the_first_replies():
+    arms = cai.Arms(["p", "q"], ["harmful", "benign"], ["x", "y"], [["a", "b", "c"], ["d", "e", "f"]],
+                    {"people": np.array([[1., 3., 9.], [5., 2., 4.]])})
+    assert arms.pick("people") == ["c", "d"] and arms.pick("people", 2) == ["b", "d"] and arms.pick("people", 1) == ["a", "d"]
+
+
+def test_all_teachers_score_the_same_replies(small):
+    arms = cai.selection_arms(dataclasses.replace(small, reward_epochs=1), n=2, held_out=2)
+    assert arms.groups == ["harmful"] * 2 + ["benign"] * 2 and len(arms.base) == len(arms.samples) == 4
+    assert set(arms.scores) == set(cai.TEACHERS) and all(table.shape == (4, 2) for table in arms.scores.values())
+    assert (arms.scores["direct"][:, 0] == .5).all(), "a reply against itself is a tie"
+
+
+def test_the_refrain_counts_replies_not_repetitions():
+    assert cai.top_phrase(["a b c d a b c d a b c d", "w x y z", "W x, y z!"]) == ("w x y z", 2 / 3)
+    assert cai.top_phrase(["You’re not a fool", "you're not a saint"], words=3) == ("you're not a", 1.)
+    assert cai.top_phrase(["", "short"]) == ("", 0.)
+    with pytest.raises(CourseError, match="texts is empty"):
+        cai.top_phrase([])
+
+
+@pytest.mark.parametrize("text, brief", [("I'm sorry, I can't.", True), ("I cant do that.", True), ("Sure.", False), ("I won't. " + "Reason " * 30, False),
+                                         ("I apologize, but no.", True), ("", False)])
+def test_short_refusals(text, brief):
+    assert cai.refuses_briefly(text) is brief
+
+
+def released(folder, answer=" Hello there.\n\nHuman: more"):
+    for key in cai.RELEASED:
+        row = {"rl_prompt": "\n\nHuman: Hi\n\nAssistant:", "sampled_answers": [{"sampled_string": answer, "pm_scores": []}] * 3}
+        (folder / f"PALMS_{key}.jsonl").write_text(json.dumps(row) + "\n")
+    return folder
+
+
+def test_released_answers_end_where_the_model_plays_the_human(tmp_path):
+    assert cai.released_answers(released(tmp_path)) == {name: [["Hello there."] * 3] for name in cai.RELEASED.values()}
+
+
+def test_released_answers_of_another_form_are_named(tmp_path):
+    released(tmp_path)
+    (tmp_path / "PALMS_HRLHF.jsonl").write_text('{"sampled_answers": 3}\n')
+    with pytest.raises(CourseError, match="PALMS_HRLHF.jsonl cannot be read"):
+        cai.released_answers(tmp_path)
+    with pytest.raises(CourseError, match="Give the folder"):
+        cai.released_answers(tmp_path / "nowhere")
+
+
+@pytest.mark.skipif(not os.environ.get("CAI_COURSE_REAL_DATA"), reason="CAI_COURSE_REAL_DATA names no folder of real data")
+def test_the_released_answers_show_what_chapter_13_says():
+    found = cai.released_answers(Path(os.environ["CAI_COURSE_REAL_DATA"]) / "constitutional-ai" / "samples")
+    assert {name: (len(prompts), {len(texts) for texts in prompts}) for name, prompts in found.items()} == {n: (40, {17}) for n in cai.RELEASED.values()}
+    flat = {name: [text for texts in prompts for text in texts] for name, prompts in found.items()}
+    short = {name: np.mean([cai.refuses_briefly(text) for text in texts]) for name, texts in flat.items()}
+    refrain = {name: cai.top_phrase(texts)[1] for name, texts in flat.items()}
+    assert short["HH-RLHF"] > .2 and short["RL-CAI"] == short["RL-CAI with CoT"] == 0
+    assert refrain["RL-CAI"] > .5 > .25 > max(refrain[name] for name in refrain if name != "RL-CAI")
