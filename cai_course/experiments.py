@@ -211,6 +211,11 @@ def _refers(node, module:str, defined:dict, imported:dict): # Yields (module, na
             if each.id in imported: yield imported[each.id][0], imported[each.id][1] or "*", each.id
             elif each.id in defined: yield module, each.id, ""
 
+@functools.lru_cache(maxsize=8192)
+def _references(node, module:str, text:str) -> tuple: # The same, remembered; for statements of `_outline(module, text)`
+    defined, _, imported = _outline(module, text)
+    return tuple(_refers(node, module, defined, imported))
+
 def _reached(roots:list) -> tuple: # ({module: {its statements}}, {lines about imports from other packages})
     kept, others, todo, seen = {}, set(), list(roots), set()
     while todo:
@@ -221,12 +226,13 @@ def _reached(roots:list) -> tuple: # ({module: {its statements}}, {lines about i
             continue
         if (module, name) in seen: continue
         seen.add((module, name))
-        defined, acts, imported = _outline(module, path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        defined, acts, imported = _outline(module, text)
         if name in imported and name not in defined: todo.append((imported[name][0], imported[name][1] or "*", name))
         wanted = [d for each in defined.values() for d in each] if name == "*" else defined.get(name, [])
         for node in {*acts, *wanted} - kept.setdefault(module, set()):
             kept[module].add(node)
-            todo.extend(_refers(node, module, defined, imported))
+            todo.extend(_references(node, module, text))
     return kept, others
 
 def _code(experiment:Experiment) -> tuple: # (text of all that counts, names of the modules in it)
@@ -337,19 +343,23 @@ def experiment_names() -> dict: # {experiment name: module that makes it}, sorte
     """The experiments of the course. Raises `CourseError` if two of them have one name."""
     found = {}
     for path in sorted(path for folder in cai_course.__path__ for path in Path(folder).glob("*.py")):
-        text = path.read_text(encoding="utf-8")
-        if "Experiment(" not in text: continue
-        for call in (node.value for node in ast.parse(text).body if _is_experiment(node)):
-            values = [each.value for each in call.keywords if each.arg == "name"] + call.args[:1]
-            name = getattr(values[0], "value", None) if values else None
-            if not isinstance(name, str):
-                raise CourseError(f"cai_course.{path.stem}, line {call.lineno}: an experiment without a plain name. "
-                                  "Write its name there as a text.")
+        for name in _names_in(path.stem, path.read_text(encoding="utf-8")):
             if name in found:
                 raise CourseError(f"two experiments are called {name!r}, in {found[name]} and {path.stem}. "
                                   "Give one of them another name.")
             found[name] = path.stem
     return found
+
+@functools.lru_cache(maxsize=256)
+def _names_in(stem:str, text:str) -> tuple: # Names of the experiments that a module makes
+    names = []
+    for call in (node.value for node in (ast.parse(text).body if "Experiment(" in text else ()) if _is_experiment(node)):
+        values = [each.value for each in call.keywords if each.arg == "name"] + call.args[:1]
+        names.append(getattr(values[0], "value", None) if values else None)
+        if not isinstance(names[-1], str):
+            raise CourseError(f"cai_course.{stem}, line {call.lineno}: an experiment without a plain name. "
+                              "Write its name there as a text.")
+    return tuple(names)
 
 def find_experiment(
     name:str, # Its name
