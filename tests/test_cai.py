@@ -221,7 +221,8 @@ def test_the_folder_holds_what_the_design_promises(finished):
         "log.jsonl", "manifest.json", "report.html", "results.json", "timings.json"]
     stored = json.loads((folder / "results.json").read_text())
     assert stored == results
-    assert list(stored) == ["harm", "help", "evasive", "over_refusal", "skill", "diversity", "seconds", "peak_memory_mb"]
+    measures = [name for name in stored if name != "evasive_unseen"]  # there only if the few requests hold the kind kept from critique
+    assert measures == ["harm", "help", "evasive", "over_refusal", "skill", "diversity", "seconds", "peak_memory_mb"]
     assert stored["seconds"] > 0 and stored["peak_memory_mb"] > 100
 
 
