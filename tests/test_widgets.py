@@ -119,10 +119,16 @@ class Page:
     def click(self, element: str) -> None:
         """A real click in the middle of an element, by a pointer and not by a script; `element` is JavaScript, or a CSS selector."""
         found = element if element.startswith("[...") else f"document.querySelector({json.dumps(element)})"
-        self.js(f"{found}.scrollIntoView({{block: 'center'}})")
-        time.sleep(.5)
-        box = json.loads(self.js(f"JSON.stringify({found}.getBoundingClientRect())"))
-        where = dict(x=box["x"] + box["width"] / 2, y=box["y"] + box["height"] / 2)
+        seen = []
+
+        def rests():  # JupyterLab goes on scrolling and drawing for a while
+            self.js(f"{found}.scrollIntoView({{block: 'center'}})")
+            box = json.loads(self.js(f"JSON.stringify({found}.getBoundingClientRect())"))
+            seen.append((box["x"] + box["width"] / 2, box["y"] + box["height"] / 2))
+            hit = f"{found}.contains(document.elementFromPoint({seen[-1][0]}, {seen[-1][1]}))"
+            return len(seen) > 2 and seen[-1] == seen[-2] == seen[-3] and self.js(hit)
+        wait_for(rests, 30, lambda: f"{element} does not come to rest under the pointer: {seen[-3:]}")
+        where = dict(zip("xy", seen[-1]))
         self.call("Input.dispatchMouseEvent", type="mouseMoved", **where)
         for kind in ("mousePressed", "mouseReleased"):
             self.call("Input.dispatchMouseEvent", type=kind, button="left", clickCount=1, **where)
