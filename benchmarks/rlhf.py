@@ -108,7 +108,8 @@ def our_worker(size: str, dtype: str, epochs: int, plain: bool):
     import torch
     import transformers
     from tokenizers import Tokenizer, models, pre_tokenizers
-    from cai_course.models import Policy, fuse_t5
+    from cai_course.fused import fuse_t5
+    from cai_course.models import Policy
     from cai_course.ppo import PPOConfig
     from cai_course.rlhf import RLHFConfig, train_rlhf
     split = Tokenizer(models.WordLevel(words(), unk_token="<unk>"))

@@ -16,7 +16,8 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast, T
 
 from cai_course import rlhf
 from cai_course.errors import CourseError
-from cai_course.models import Policy, Samples, fuse_t5, load_policy
+from cai_course.fused import fuse_t5
+from cai_course.models import Policy, Samples, load_policy
 from cai_course.ppo import PPOConfig, Rollout, policy_loss, ppo_loss, ppo_update
 from cai_course.rl import gae, whiten
 from cai_course.rlhf import (TEXT_PPO, AdaptiveKL, FixedKL, RLHFConfig, check_start, kl_per_token, lora_size, shape_rewards,
