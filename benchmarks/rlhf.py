@@ -18,6 +18,8 @@ iteration is: write replies, score them under the reference, PPO epochs. TRL run
 
     lab3      1 epoch, one prompt at a time, and a copy of the model as the reference (which it then never calls)
     batched   4 epochs, all prompts at once, no copy
+    decoder   ours with an adapter on the decoder alone, which reads each prompt once; TRL as in lab3. Less can be learned, so this is
+              a row of its own and says nothing about the others
 
 Each side is a process of its own. The two take turns, iteration by iteration, so that whatever else the computer does slows both; each
 figure is the median over the rounds, after one round to warm up. On a busy computer look at the processor time (`cpu`), which waiting does
@@ -39,7 +41,8 @@ import time
 SHAPES = dict(small=dict(d_model=512, d_ff=1024, num_layers=8, num_heads=6), base=dict(d_model=768, d_ff=2048, num_layers=12, num_heads=12),
               tiny=dict(d_model=64, d_ff=128, num_layers=2, num_heads=2)) # tiny: to try out the script
 VOCABULARY, KEY, BATCH, PROMPT, REPLY, RANK, MINIBATCH = 32_128, 64, 16, 128, 32, 32, 4
-SETTINGS = dict(lab3=dict(epochs=1, single=True, copy=True), batched=dict(epochs=4, single=False, copy=False))
+SETTINGS = dict(lab3=dict(epochs=1, single=True, copy=True), batched=dict(epochs=4, single=False, copy=False),
+                decoder=dict(epochs=1, single=True, copy=True))
 
 
 def words(): # A vocabulary of made-up words
@@ -102,7 +105,7 @@ def trl_worker(size: str, dtype: str, epochs: int, single: bool, copy: bool):
         answer(seconds=time.perf_counter() - start, cpu=time.process_time() - cpu, generate=written - start)
 
 
-def our_worker(size: str, dtype: str, epochs: int, plain: bool):
+def our_worker(size: str, dtype: str, epochs: int, plain: bool, decoder_only: bool):
     import warnings
     warnings.filterwarnings("ignore")
     import torch
@@ -116,7 +119,7 @@ def our_worker(size: str, dtype: str, epochs: int, plain: bool):
     split.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=split, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
     policy = Policy(random_t5(size, dtype).requires_grad_(False), tokenizer, "benchmark")
-    policy.start_adapter(r=RANK, alpha=RANK)
+    policy.start_adapter(r=RANK, alpha=RANK, decoder_only=decoder_only)
     if not plain: fuse_t5(policy)
     policy._ends = torch.tensor([-1]) # no token ends a reply
     generator = torch.Generator().manual_seed(0)
@@ -168,7 +171,7 @@ class Worker:
 
 
 # -- the floor --------------------------------------------------------------------------------------------------------------------------------
-def operations(size: str, epochs: int) -> float: # Of the matrix products of one iteration, in GFLOP
+def operations(size: str, epochs: int, decoder_only: bool) -> float: # Of the matrix products of one iteration, in GFLOP
     s = SHAPES[size]
     d, inner, L, tokens, written = s["d_model"], KEY * s["num_heads"], s["num_layers"], BATCH * PROMPT, BATCH * REPLY
     lora = RANK * (d + inner) # one adapted projection
@@ -177,6 +180,9 @@ def operations(size: str, epochs: int) -> float: # Of the matrix products of one
     decoder = written * L * (6 * d * inner + 3 * d * s["d_ff"] + REPLY * inner + 2 * PROMPT * inner)
     adapter = tokens * L * 3 * lora + written * L * 3 * lora # q and v; of the cross-attention, v reads the prompt and q the reply
     forward = encoder + cross + decoder + written * d * VOCABULARY
+    if decoder_only: # the encoder reads once, and nothing flows back to what it said
+        forward, adapter = forward - encoder, adapter - tokens * L * 2 * lora
+        return 2e-9 * (encoder + 2 * forward + epochs * (2 * forward - cross + 3 * adapter))
     return 2e-9 * (2 * forward + epochs * (2 * forward + 3 * adapter)) # write, reference; forward and backward without weight gradients
 
 
@@ -195,7 +201,8 @@ def matmul_rate(dtype: str, threads: int) -> float: # GFLOP/s on a large product
 def measure(size: str, dtype: str, name: str, rounds: int, threads: int, trl_python: str | None, plain: bool = False) -> dict:
     """One row: medians of both sides, their ratio, the floor, peak memory."""
     setting = SETTINGS[name]
-    ours = Worker(sys.executable, "ours", threads, size=size, dtype=dtype, epochs=setting["epochs"], plain=plain)
+    ours = Worker(sys.executable, "ours", threads, size=size, dtype=dtype, epochs=setting["epochs"], plain=plain,
+                  decoder_only=name == "decoder")
     theirs = trl_python and Worker(trl_python, "trl", threads, size=size, dtype=dtype, **setting)
     versions = {"ours": ours.last["versions"], **({"trl": theirs.last["versions"]} if theirs else {})}
     log = {"ours": [], "trl": []}
@@ -204,7 +211,7 @@ def measure(size: str, dtype: str, name: str, rounds: int, threads: int, trl_pyt
             if worker: log[side].append(worker.turn())
     for worker in (ours, theirs):
         if worker: worker.stop()
-    gflop, rate = operations(size, setting["epochs"]), matmul_rate(dtype, threads)
+    gflop, rate = operations(size, setting["epochs"], name == "decoder"), matmul_rate(dtype, threads)
     def median(side, key): return statistics.median(row[key] for row in log[side][1:])
     row = dict(size=size, dtype=dtype, setting=name, epochs=setting["epochs"], seconds=median("ours", "seconds"), cpu=median("ours", "cpu"),
                generate=median("ours", "generate"), peak_mb=ours.last["peak_mb"], gflop=gflop, gflops=rate, floor=gflop / rate,
@@ -231,7 +238,7 @@ def main():
     parser.add_argument("--trl-python", help="Python of an environment with TRL 0.11.4 (see above); without it only ours is measured")
     parser.add_argument("--sizes", default="small,base", help="of small, base, tiny")
     parser.add_argument("--dtypes", default="fp32", help="of fp32, bf16 (slow where the processor has no bf16 units)")
-    parser.add_argument("--settings", default="lab3,batched", help="of lab3, batched")
+    parser.add_argument("--settings", default="lab3,batched", help="of lab3, batched, decoder")
     parser.add_argument("--rounds", type=int, default=3, help="iterations that count, after one to warm up")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="threads of each process")
     parser.add_argument("--plain", action="store_true", help="ours without fuse_t5, layer by layer as transformers has it")

@@ -9,6 +9,7 @@ __all__ = ['choose_tokens', 'base_weight', 'default_model', 'Samples', 'Policy',
 import inspect
 import json
 import os
+import re
 import shutil
 import socket
 import tempfile
@@ -25,6 +26,7 @@ import torch
 import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
+from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from safetensors import safe_open
 from safetensors.torch import load_file
 from safetensors.torch import save as to_bytes
@@ -180,7 +182,7 @@ class _T5Steps:
         self.model, self.t = model, 0
         decoder, self.heads = model.decoder, model.config.num_heads
         self.gelu = model.config.dense_act_fn == "gelu_new" # torch has it as one operation
-        states = model.encoder(input_ids=ids, attention_mask=mask).last_hidden_state # (b, S, d)
+        states = self.states = model.encoder(input_ids=ids, attention_mask=mask).last_hidden_state # (b, S, d)
         self.bias = decoder.block[0].layer[0].SelfAttention.compute_bias(max_steps, max_steps)[0] # (h, T, T)
         self.hide = (1 - mask)[:, None, None].to(states.dtype) * torch.finfo(states.dtype).min # (b, 1, 1, S)
         self.blocks, self.cross, self.own = [], [], []
@@ -380,6 +382,7 @@ class Samples:
     values: torch.Tensor | None  # (B, T) value of the state before each token; None without a value head
     ended: torch.Tensor          # (B,) bool, True if the reply closed with its end-of-sequence token
     temperature: float           # That the tokens were drawn with; log-probabilities are of this distribution
+    states: tuple | None = None  # (encoder, what it said of the prompts (B, P, d)) if no adapter changes the encoder
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -563,19 +566,21 @@ class Policy:
         if temperature == 0:
             raise CourseError("temperature is 0; PPO needs replies that were drawn, so it must be above 0. Use "
                               "temperature=1.0.")
-        rows, logprobs, values = self._write(ids, 1, max_new_tokens, temperature, seed, 0, True, None)
+        rows, logprobs, values, states = self._write(ids, 1, max_new_tokens, temperature, seed, 0, True, None)
         response_ids, mask = _pad(rows, value=self.pad)
         prompt_ids, prompt_mask = self._pad_prompts(ids)
         place = dict(device=self.device)
         ended = torch.isin(torch.tensor([row[-1] for row in rows], **place), self._ends)
         values = None if self.value_head is None else _pad(values, dtype=torch.float)[0].to(**place)
+        if states is not None:
+            states = self.model.get_encoder(), torch.nn.utils.rnn.pad_sequence(states, batch_first=True)
         return Samples(prompts, self.decode(rows), prompt_ids, prompt_mask, response_ids.to(**place),
                        mask.float().to(**place), _pad(logprobs, dtype=torch.float)[0].to(**place), values, ended,
-                       temperature)
+                       temperature, states)
 
     @torch.no_grad()
     def _write(self, prompts, n, max_new_tokens, temperature, seed, top_k, record, progress):
-        """Token lists of len(prompts) * n replies, with log-probabilities and values if `record`."""
+        """Token lists of len(prompts) * n replies; if `record`, log-probabilities, values and a fixed encoder's states."""
         if not max_new_tokens >= 1:
             raise CourseError(f"max_new_tokens is {max_new_tokens}; a reply needs room for at least 1 token. Use "
                               "for example 48.")
@@ -586,6 +591,7 @@ class Policy:
         self.model.eval()
         own = self.kind == "seq2seq" and self.model.config.model_type == "t5"
         results = [None] * (len(prompts) * n), [None] * (len(prompts) * n), [None] * (len(prompts) * n)
+        states = [None] * len(prompts) if record and self._encoder_is_fixed() else None
         bar = tqdm(total=len(prompts) * n, desc="replies", leave=False,
                    disable=None if progress is None else not progress)
         with _merged(self.model), bar:
@@ -593,6 +599,9 @@ class Policy:
                 ids, mask = self._pad_prompts([prompts[i] for i in batch])
                 steps = (_T5Steps if own else _CachedSteps)(self.model, ids, mask, max_new_tokens,
                                                             record and self.value_head is not None)
+                if states is not None:
+                    for i, row in zip(batch, steps.states):
+                        states[i] = row
                 if n > 1:
                     steps.select(torch.arange(len(batch), device=self.device).repeat_interleave(n))
                 rows = [(i, j) for i in batch for j in range(n)]
@@ -602,7 +611,7 @@ class Policy:
                     for (i, j), row in zip(rows, source):
                         target[i * n + j] = row
                 bar.update(len(rows))
-        return results
+        return *results, states
 
     def _decode_batch(self, steps, size, uniforms, max_new_tokens, temperature, top_k, record):
         written = torch.full((size, max_new_tokens), self.pad, device=self.device)
@@ -643,7 +652,9 @@ class Policy:
         Raises `CourseError` if the lists differ in length or hold anything but strings.
         """
         prompt_rows, response_rows, temperature = self._rows(prompts, responses, temperature)
-        scores = self._score(prompt_rows, response_rows, lambda logits, ids, _: _pick(logits, ids, temperature))
+        states = self._known_states(prompts) if isinstance(prompts, Samples) else None
+        scores = self._score(prompt_rows, response_rows, lambda logits, ids, _: _pick(logits, ids, temperature),
+                             states=states)
         return self._join(scores, response_rows)
 
     def sequence_logprobs(
@@ -730,7 +741,7 @@ class Policy:
         return scores.to(self.device), mask.float().to(self.device)
 
     @torch.no_grad()
-    def _score(self, prompts, responses, read, forward=True):
+    def _score(self, prompts, responses, read, forward=True, states=None):
         """Apply `read(logits, ids, rows)` batch by batch; one tensor per row, on the CPU, in the order given."""
         results = [None] * len(prompts)
         self._check_length(prompts, max(map(len, responses), default=0))
@@ -739,25 +750,35 @@ class Policy:
         rows = max(1, min(2 * self.max_rows, 50_000_000 // logits)) # at most about 200 MB of logits
         with _merged(self.model) if forward else nullcontext():
             for batch in _batches(lengths, rows, self.max_tokens):
-                different = {tuple(prompts[i]): None for i in batch} # each prompt is encoded once
+                different = {tuple(prompts[i]): i for i in batch} # each prompt is encoded once
                 number = {prompt: k for k, prompt in enumerate(different)}
                 ids, mask = self._pad_prompts(list(different))
+                known = None if states is None else states[list(different.values()), :ids.shape[1]]
                 index = torch.tensor([number[tuple(prompts[i])] for i in batch], device=self.device)
                 written, written_mask = (x.to(self.device) for x in _pad([responses[i] for i in batch], value=self.pad))
                 inputs = ids, mask, written, written_mask, index
-                scores = read(self._forward(*inputs)[0], written, batch) if forward else read(*inputs)
+                scores = read(self._forward(*inputs, states=known)[0], written, batch) if forward else read(*inputs)
                 for i, row in zip(batch, scores.cpu()):
                     results[i] = row
         return results
 
-    def _forward(self, ids, mask, written, written_mask, index=None, hidden=False):
-        """Logits (b, T, V) of every response token, and the states (b, T, d) before them.
+    def _encoder_is_fixed(self) -> bool: # Does no adapter change what an encoder says?
+        return self.kind == "seq2seq" and not any(isinstance(m, LoraLayer) for m in self.model.get_encoder().modules())
 
-        `index` (b,) is the prompt of each row; without it row i answers prompt i."""
+    def _known_states(self, samples): # what this policy's encoder says of a rollout's prompts, if it is known
+        fits = samples.states is not None and samples.states[0] is self.model.get_encoder() and self._encoder_is_fixed()
+        return samples.states[1] if fits else None
+
+    def _forward(self, ids, mask, written, written_mask, index=None, hidden=False, states=None):
+        """Logits (b, T, V) of every response token, and the hidden states (b, T, d) before them.
+
+        `index` (b,) is the prompt of each row; without it row i answers prompt i. `states` (b, S, d) spares the encoder."""
         self.model.eval() # whatever a caller did to policy.model
         index = torch.arange(len(written), device=self.device) if index is None else index
         if self.kind == "seq2seq":
-            states = self.model.get_encoder()(input_ids=ids, attention_mask=mask).last_hidden_state[index]
+            if states is None:
+                states = self.model.get_encoder()(input_ids=ids, attention_mask=mask).last_hidden_state
+            states = states[index]
             before = torch.cat([torch.full_like(written[:, :1], _start_token(self.model)), written[:, :-1]], 1)
             out = self.model(encoder_outputs=BaseModelOutput(states), attention_mask=mask[index],
                              decoder_input_ids=before,
@@ -785,8 +806,10 @@ class Policy:
         width, steps = int(prompt_mask.sum(1).max()), int(mask.sum(1).max())
         side = slice(-width, None) if self.kind == "causal" else slice(0, width)
         written, real = samples.response_ids[rows, :steps], mask[:, :steps]
+        known = self._known_states(samples)
         logits, hidden = self._forward(samples.prompt_ids[rows][:, side], prompt_mask[:, side], written, real,
-                                       hidden=self.value_head is not None)
+                                       hidden=self.value_head is not None,
+                                       states=None if known is None else known[rows, :width])
         logp, entropy = _TokenFunction.apply(_scaled(logits, samples.temperature).flatten(0, 1), written.flatten())
         spread = lambda x: F.pad(x.view(written.shape) * real, (0, mask.shape[1] - steps))
         values = None if hidden is None else spread(self.value_head(hidden.float())[..., 0])
@@ -799,21 +822,29 @@ class Policy:
         targets: Sequence[str] | None = None, # Names of the layers to adapt; None: peft's choice, queries and values
         freeze_current: bool = True, # Keep what the present adapter has learned, frozen; False throws it away
         seed: int = 0, # Of the random half of the adapter; the other half starts at zero
+        decoder_only: bool = False, # Leave an encoder as it is: less can be learned, in about half the time
     ) -> "Policy": # The same policy
         """Begin a fresh trainable LoRA adapter; the policy as it is now becomes the reference.
 
-        Raises `CourseError` if `r` is below 1 or the model has no layers of these names.
+        Raises `CourseError` if `r` is below 1, the model has no layers of these names, or `decoder_only` is asked of a
+        model without an encoder.
         Source: Hu et al. (2021), equation 3.
         """
         if r < 1:
             raise CourseError(f"r is {r}; the rank of an adapter is at least 1. Use for example 16.")
+        if decoder_only and self.kind != "seq2seq":
+            raise CourseError(f"decoder_only is True, but {self.name} has no encoder that could be left out. Leave it away.")
+        targets = None if targets is None else sorted(targets)
+        if decoder_only: # peft takes a pattern of names as well
+            usual = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(self.model.config.model_type, ())
+            targets = rf"(.*\.)?decoder\..*\.({'|'.join(map(re.escape, targets or usual))})"
         if self._peft is not None:
             if freeze_current:
                 self._fold()
             else:
                 self.model, self._peft = self._peft.unload(), None
         config = LoraConfig(r=r, lora_alpha=alpha, lora_dropout=0.0,
-                            target_modules=None if targets is None else sorted(targets),
+                            target_modules=targets,
                             fan_in_fan_out=any(isinstance(m, Conv1D) for m in self.model.modules()))
         self._attach(config, seed)
         return self

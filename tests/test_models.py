@@ -15,7 +15,7 @@ from transformers import (BartConfig, BartForConditionalGeneration, BertConfig,
                           Qwen2ForCausalLM, T5Config, T5ForConditionalGeneration)
 
 from cai_course.errors import CourseError
-from cai_course.models import (Samples, _batches, _CachedSteps, _merged, _T5Steps, _uniforms, choose_tokens,
+from cai_course.models import (Samples, _batches, _CachedSteps, _merged, _product, _T5Steps, _uniforms, choose_tokens,
                                default_model, load_policy,
                                sft)
 
@@ -422,6 +422,46 @@ def test_padding_never_changes_gradients(folder):
                                          policy.trainable_parameters()))
     for a, b in zip(*grads):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["t5", "bart"])
+def test_an_adapter_on_the_decoder_alone_reads_each_prompt_once(folder, kind, monkeypatch, tmp_path):
+    policy = load_policy(folder(kind), value_head=True).start_adapter(r=4, decoder_only=True)
+    assert all("decoder" in name and "encoder." not in name for name in policy._adapter()) and policy._adapter()
+    calls, encoder = [], policy.model.get_encoder()
+    once = encoder.forward
+    monkeypatch.setattr(encoder, "forward", lambda *args, **kwargs: calls.append(1) or once(*args, **kwargs))
+    s = policy.sample(PROMPTS, 8, seed=1)
+    known = [policy.logprobs(s)[0], *policy.evaluate(s, [0, 3, 5])]
+    assert len(calls) == 1 and s.states[1].shape[:2] == s.prompt_ids.shape
+    s.states = None
+    for a, b in zip(known, [policy.logprobs(s)[0], *policy.evaluate(s, [0, 3, 5])]):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+    assert len(calls) == 3
+    sft(policy, PROMPTS, REPLIES, epochs=3, lr=1e-2)
+    again = load_policy(folder(kind), adapter=policy.save(tmp_path / "a"), value_head=True)
+    assert torch.equal(again.sequence_logprobs(PROMPTS, REPLIES), policy.sequence_logprobs(PROMPTS, REPLIES))
+
+
+def test_states_of_another_encoder_are_not_used(folder):
+    policy = load_policy(folder("t5")).start_adapter(decoder_only=True)
+    other = load_policy(folder("t5_tied"))
+    s = policy.sample(PROMPTS, 8, seed=1)
+    with_states, (s.states, states) = other.logprobs(s)[0], (None, s.states)
+    assert torch.equal(with_states, other.logprobs(s)[0])
+    s.states = states
+    policy.start_adapter() # now the encoder learns too
+    assert policy._known_states(s) is None and policy.sample(PROMPTS, 8, seed=1).states is None
+
+
+def test_the_narrow_product_is_a_product():
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(700, 200, generator=generator)
+    for rows in (1, 12, 13, 32, 33):
+        x = torch.randn(rows, 200, generator=generator)
+        out = _product(x, weight)
+        assert out.is_contiguous()
+        torch.testing.assert_close(out, x @ weight.T)
 
 
 def test_bfloat16(folder):
