@@ -1183,7 +1183,7 @@ def measure_teachers(
 
 RLAIF_RLHF = Experiment(
     name="rlaif-equals-rlhf", chapter="13", run=measure_teachers, value="difference", predicts="=", threshold=0.,
-    margin=.05, seeds=2, models=("pocket-t5", "pocket-bert"),
+    margin=.05, seeds=5, models=("pocket-t5", "pocket-bert"),
     claim="Preference models by the machine's labels and by people's pick equally good replies, within 0.05 of gold.",
     source="Lee et al. (2023), 2309.00267, RLAIF against RLHF; here with best-of-6 in place of reinforcement learning")
 

@@ -22,7 +22,7 @@ import numpy as np
 import yaml
 
 from .errors import CourseError
-from .exercises import _alive
+from .exercises import is_live
 from .paths import constitutions_dir
 
 # %% ../nbs/10_constitution.ipynb #1eb34660
@@ -730,7 +730,7 @@ class PrincipleEditor:
         from cai_course.plots import to_svg
         picture = self.picture()
         bundle = {"image/svg+xml": to_svg(picture), "text/plain": picture.alt}
-        if _alive(): bundle.update(self.widget()._repr_mimebundle_())
+        if is_live(): bundle.update(self.widget()._repr_mimebundle_())
         return bundle
 
 # %% ../nbs/10_constitution.ipynb #9d717686

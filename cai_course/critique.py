@@ -18,7 +18,7 @@ import numpy as np
 from .constitution import (Constitution, CritiqueExample, check_texts, few_shot_examples, load_constitution,
                                      quote, text_rng)
 from .errors import CourseError
-from .exercises import _alive
+from .exercises import is_live
 from .experiments import Experiment
 
 # %% ../nbs/11_critique_revision.ipynb #88aff8b2
@@ -231,7 +231,7 @@ class Transcripts:
     def _repr_mimebundle_(self, include=None, exclude=None)->dict: # A few transcripts; the browser where it can live
         some = self._first_of_each()
         bundle = {"text/html": "".join(map(self.html, some)), "text/plain": "\n\n".join(map(self.text, some))}
-        if _alive(): bundle.update(self.widget()._repr_mimebundle_())
+        if is_live(): bundle.update(self.widget()._repr_mimebundle_())
         return bundle
 
 # %% ../nbs/11_critique_revision.ipynb #eeec450f

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['BLANK', 'MARK', 'EXERCISES', 'is_blank', 'Result', 'Check', 'work_dir', 'open_work_dir', 'progress', 'show_solutions',
-           'solutions_shown', 'without_solution', 'Exercise', 'Quiz', 'quiz']
+           'solutions_shown', 'without_solution', 'Exercise', 'is_live', 'Quiz', 'quiz']
 
 # %% ../nbs/tools/exercises.ipynb #965af81d
 import ast
@@ -311,7 +311,7 @@ class Exercise:
         return f"<div><b>{html.escape(str(self))}</b>{hints}{solution}</div>"
 
 # %% ../nbs/tools/exercises.ipynb #364da7b4
-def _alive() -> bool: # Is a person looking at a running notebook?
+def is_live() -> bool: # Is a person looking at a running notebook?
     return bool(os.environ.get("JPY_SESSION_NAME")) and not os.environ.get("IN_TEST")
 
 @dataclass(frozen=True)
@@ -344,7 +344,7 @@ class Quiz:
 
     def _repr_mimebundle_(self, include=None, exclude=None) -> dict: # HTML always, a widget only where one can live
         bundle = {"text/html": self._repr_html_(), "text/plain": self.question}
-        if _alive():
+        if is_live():
             try: bundle.update(self.widget()._repr_mimebundle_())
             except ImportError: pass # ipywidgets is not installed: the folded page is as good
         return bundle

@@ -21,7 +21,7 @@ import pandas as pd
 
 from . import world
 from .errors import CourseError
-from .exercises import _alive
+from .exercises import is_live
 from .experiments import Experiment
 from .stats import Estimate, estimate
 
@@ -85,14 +85,15 @@ def written_sets(
     n:int, # Prompts, half of them harmless; an even number of at least 2
     split:str="train", # Split of the pocket world
     seed:int=0, # Which prompts, and which wording
-)->tuple[list[str], list[list[str]]]: # n prompts, and four written replies of different styles to each, shuffled
+    styles:dict=STYLES, # Styles of the replies to each group of requests
+)->tuple[list[str], list[list[str]]]: # n prompts, and a written reply of each style to each, shuffled
     "Something to rank that needs no model. Raises `CourseError` for an odd number."
     if n < 2 or n % 2: raise CourseError(f"n is {n}; an even number of at least 2 is needed, half of each group.")
-    asked = [r for group in STYLES for r in world.requests(group, split, limit=n // 2, seed=seed)]
+    asked = [r for group in styles for r in world.requests(group, split, limit=n // 2, seed=seed)]
     sets = []
     for request in asked:
         rng = random.Random(f"written|{seed}|{request.text}")
-        texts = [world.reply(request, style, rng) for style in STYLES[request.group]]
+        texts = [world.reply(request, style, rng) for style in styles[request.group]]
         sets.append(rng.sample(texts, len(texts)))
     return [request.text for request in asked], sets
 
@@ -494,7 +495,7 @@ class LabelDesk:
     def _repr_mimebundle_(self, include=None, exclude=None)->dict: # The table; the desk only where one can live
         words = f"Labeling desk with {len(self.prompts)} prompts. {self.message()}"
         bundle = {"text/html": self.table(), "text/plain": words}
-        if _alive(): bundle.update(self.widget()._repr_mimebundle_())
+        if is_live(): bundle.update(self.widget()._repr_mimebundle_())
         return bundle
 
 # %% ../nbs/04_human_feedback.ipynb #795e9cbf

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['COLUMNS', 'SIX', 'BATCHES', 'LEAK', 'pair_targets', 'rankings_to_pairs', 'thumbs_to_pairs', 'consensus_to_pairs',
-           'validate_pairs', 'swap_pair', 'preferred_first', 'six_replies', 'noisy_pairs', 'prompt_key', 'group_pairs',
+           'validate_pairs', 'swap_pair', 'preferred_first', 'noisy_pairs', 'prompt_key', 'group_pairs',
            'split_by_prompt', 'shared_prompts', 'memory_score', 'save_pairs', 'load_pairs', 'to_dataset', 'to_trl',
            'from_trl', 'measure_batches', 'measure_leak']
 
@@ -19,6 +19,7 @@ import numpy as np
 from . import world
 from .errors import CourseError
 from .experiments import Experiment
+from .feedback import written_sets
 
 # %% ../nbs/05_pairs.ipynb #66af892a
 def pair_targets(
@@ -222,21 +223,6 @@ def preferred_first(
 SIX = {"benign": ("helpful", "partial", "evasive", "preachy", "rude", "untruthful"),
        "harmful": ("comply", "refuse", "evasive", "preachy", "rude", "off_topic")}
 
-def six_replies(
-    n:int, # Prompts, half of them harmless; an even number
-    split:str="train", # Split of the pocket world
-    seed:int=0, # Which prompts, and which wording
-)->tuple[list[str], list[list[str]]]: # n prompts, and six written replies of different styles to each
-    "Longer lists to rank than those of chapter 04. Raises `CourseError` for an odd number."
-    if n < 2 or n % 2: raise CourseError(f"n is {n}; an even number of at least 2 is needed, half of each group.")
-    asked = [r for group in SIX for r in world.requests(group, split, limit=n // 2, seed=seed)]
-    sets = []
-    for request in asked:
-        rng = random.Random(f"six|{seed}|{request.text}")
-        texts = [world.reply(request, style, rng) for style in SIX[request.group]]
-        sets.append(rng.sample(texts, len(texts)))
-    return [request.text for request in asked], sets
-
 def noisy_pairs(
     n:int, # Prompts, an even number
     split:str="train", # Split of the pocket world
@@ -245,7 +231,7 @@ def noisy_pairs(
 )->list[dict]: # 15 pairs per prompt, from one ranking each
     "One careless person ranks six replies to each prompt."
     person, pairs = world.Labeler("one", care), []
-    for p, texts in zip(*six_replies(n, split, seed)):
+    for p, texts in zip(*written_sets(n, split, seed, SIX)):
         pairs += rankings_to_pairs(p, texts, person.rank(p, texts, random.Random(f"rank|{seed}|{p}")))
     return pairs
 
@@ -457,7 +443,7 @@ def measure_batches(seed:int)->dict: # loss and accuracy on new prompts, of both
 
 
 BATCHES = Experiment(
-    name="batches-by-prompt", chapter="05", run=measure_batches, value="gain", predicts=">", threshold=0., seeds=3,
+    name="batches-by-prompt", chapter="05", run=measure_batches, value="gain", predicts=">", threshold=0., seeds=5,
     claim="In one epoch over rankings of six replies, a reward model whose batches hold all pairs of a prompt has a "
           "lower loss on new prompts than one whose batches hold shuffled pairs.",
     source="Ouyang et al. (2022), section 3.5", uses=("reward",), models=("pocket-bert",))

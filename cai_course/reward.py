@@ -670,7 +670,7 @@ def measure_sign_flip(seed:int)->dict: # accuracy, accuracy_flipped, sum, ceilin
 
 SIGN_FLIP = Experiment(
     name="reward-sign-flip", chapter="06", run=measure_sign_flip, value="sum", predicts="=", threshold=1., margin=.05,
-    seeds=4, uses=("world",),
+    seeds=5, uses=("world",),
     claim="A reward model trained on the loss without its minus sign has a held-out accuracy of 1 minus that of the "
           "right one, within 0.05.",
     source="Stiennon et al. (2020), section 3.4, for the loss; the notes print it without the minus")
@@ -743,11 +743,11 @@ def measure_scaling(seed:int)->dict: # accuracy per doubling of data and of widt
 
 
 MORE_DATA = Experiment(
-    name="reward-more-data", chapter="06", run=measure_scaling, value="per_data", predicts=">", threshold=0., seeds=3,
+    name="reward-more-data", chapter="06", run=measure_scaling, value="per_data", predicts=">", threshold=0., seeds=5,
     uses=("world",), claim="Every doubling of the training requests raises a reward model's held-out accuracy.",
     source="Bai et al. (2022a), appendix A.3")
 MORE_WIDTH = Experiment(
-    name="reward-more-width", chapter="06", run=measure_scaling, value="per_width", predicts=">", threshold=0., seeds=3,
+    name="reward-more-width", chapter="06", run=measure_scaling, value="per_width", predicts=">", threshold=0., seeds=5,
     uses=("world",), claim="Every doubling of the width raises a reward model's held-out accuracy.",
     source="Bai et al. (2022a), appendix A.3")
 
@@ -780,13 +780,13 @@ def measure_mixture(seed:int)->dict: # cross, saved, price_small, price_large; a
 
 
 MIXTURE = Experiment(
-    name="reward-mixture", chapter="06", run=measure_mixture, value="cross", predicts="<", threshold=.5, seeds=3,
+    name="reward-mixture", chapter="06", run=measure_mixture, value="cross", predicts="<", threshold=.5, seeds=5,
     uses=("world",),
     claim="A reward model trained on helpfulness alone is wrong more often than right about harmlessness, and the "
           "other way round.",
     source="Bai et al. (2022a), figure 19")
 MIXTURE_SIZE = Experiment(
-    name="reward-mixture-size", chapter="06", run=measure_mixture, value="saved", predicts=">", threshold=0., seeds=3,
+    name="reward-mixture-size", chapter="06", run=measure_mixture, value="saved", predicts=">", threshold=0., seeds=5,
     uses=("world",),
     claim="Giving half of the data to the other aim costs a small reward model more accuracy than a larger one.",
     source="Bai et al. (2022a), figures 19 and 27")

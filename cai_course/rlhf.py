@@ -443,7 +443,7 @@ def measure_price(
 
 
 PRICE = Experiment(
-    name="detox-without-kl", chapter="07", run=measure_price, value="gap", predicts=">", threshold=.1, seeds=3,
+    name="detox-without-kl", chapter="07", run=measure_price, value="gap", predicts=">", threshold=.1, seeds=5,
     uses=("world",), models=("pocket-t5",),
     claim="Without a price of drift the same hasty run ends with a gold reward on held-out talks that is lower by more "
           "than 0.1.",

@@ -24,7 +24,7 @@ from matplotlib.patches import Rectangle
 from torch import Tensor, nn
 
 from .errors import CourseError
-from .exercises import _alive
+from .exercises import is_live
 from .experiments import Experiment
 from .plots import FAINT, INK, CourseFigure, to_svg
 from .ppo import PPOConfig, Rollout, ppo_update
@@ -877,5 +877,5 @@ class PlayBoard:
     def _repr_mimebundle_(self, include=None, exclude=None)->dict: # The picture; the board only where one can live
         picture = self.picture()
         bundle = {"image/svg+xml": to_svg(picture), "text/plain": picture.alt}
-        if _alive(): bundle.update(self.widget()._repr_mimebundle_())
+        if is_live(): bundle.update(self.widget()._repr_mimebundle_())
         return bundle

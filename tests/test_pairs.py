@@ -7,8 +7,8 @@ from scipy.special import comb
 
 from cai_course.errors import CourseError
 from cai_course.pairs import (from_trl, group_pairs, load_pairs, memory_score, noisy_pairs, pair_targets,
-                              preferred_first, rankings_to_pairs, save_pairs, shared_prompts, six_replies,
-                              split_by_prompt, swap_pair, thumbs_to_pairs, to_dataset, to_trl, validate_pairs)
+                              preferred_first, rankings_to_pairs, save_pairs, shared_prompts, split_by_prompt,
+                              swap_pair, thumbs_to_pairs, to_dataset, to_trl, validate_pairs)
 
 ROW = dict(prompt="p", chosen="a", rejected="b")
 
@@ -215,10 +215,7 @@ def test_real_hh_pairs():
     assert np.mean([p["prompt"].endswith("\n\nAssistant:") for p in pairs]) > .95
 
 
-def test_six_replies_and_noisy_pairs():
-    prompts, sets = six_replies(6, "heldout", seed=2)
-    assert len(set(prompts)) == 6 and all(len(s) == 6 for s in sets)
-    for bad in (0, 3, -2): pytest.raises(CourseError, six_replies, bad)
+def test_noisy_pairs_come_from_six_different_replies():
     rows = noisy_pairs(6, seed=2)
     assert len(validate_pairs(rows)) == len(rows) <= 90 and rows == noisy_pairs(6, seed=2) != noisy_pairs(6, seed=3)
     assert all(len(g) == 15 for g in group_pairs(noisy_pairs(20))), "six different replies, no ties"
