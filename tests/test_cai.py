@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from cai_course import cai, world
 from cai_course.cai import AlignConfig, fast_config
@@ -354,17 +355,25 @@ def test_real_red_team_prompts_with_the_published_principles(small, tmp_path):
 
 # --- other teachers, refrains, released answers ---
 
-def test_a_teacher_picks_what_it_scores_highest_among_the_first_replies():
-    arms = cai.Arms(["p", "q"], ["harmful", "benign"], ["x", "y"], [["a", "b", "c"], ["d", "e", "f"]],
-                    {"people": np.array([[1., 3., 9.], [5., 2., 4.]])})
-    assert arms.pick("people") == ["c", "d"] and arms.pick("people", 2) == ["b", "d"] and arms.pick("people", 1) == ["a", "d"]
+def test_every_teacher_gives_a_reward(small):
+    inputs, frozen, policy = cai.first_phase(small)
+    rewards = cai.rewards_of_teachers(inputs, frozen, policy, dataclasses.replace(small, reward_epochs=1))
+    assert tuple(rewards) == cai.TEACHERS
+    prompts = [*inputs.red_team[:3], *inputs.helpful[:3]]
+    replies = frozen.generate(prompts, 12, seed=1, progress=False)
+    for teacher, reward in rewards.items():
+        scores = torch.as_tensor(reward(prompts, replies))
+        assert scores.shape == (6,) and torch.isfinite(scores).all(), teacher
+    direct = torch.as_tensor(rewards["direct"](prompts, replies))
+    assert direct.abs().max() <= 2 and torch.equal(direct, torch.as_tensor(rewards["direct"](prompts, replies)))
 
 
-def test_all_teachers_score_the_same_replies(small):
-    arms = cai.selection_arms(dataclasses.replace(small, reward_epochs=1), n=2, held_out=2)
-    assert arms.groups == ["harmful"] * 2 + ["benign"] * 2 and len(arms.base) == len(arms.samples) == 4
-    assert set(arms.scores) == set(cai.TEACHERS) and all(table.shape == (4, 2) for table in arms.scores.values())
-    assert (arms.scores["direct"][:, 0] == .5).all(), "a reply against itself is a tie"
+def test_the_reply_to_beat_is_worth_nothing(small):
+    inputs, frozen, policy = cai.first_phase(small)
+    reward, prompts = cai.direct_reward(frozen, policy, inputs, small), [*inputs.red_team, *inputs.helpful]
+    same = policy.generate(prompts, max_new_tokens=small.max_new_tokens, progress=False, temperature=small.temperature,
+                           seed=cai.step_seed(small.seed, "to beat"))
+    assert (reward(prompts, same) == 0).all(), "a reply against itself is a tie"
 
 
 def test_the_refrain_counts_replies_not_repetitions():
