@@ -6,12 +6,12 @@
 __all__ = ['STYLES', 'CROWD', 'SIGN_FLIP', 'WIDTHS', 'REQUESTS', 'MORE_DATA', 'MORE_WIDTH', 'WILL', 'CAREFUL', 'SHARES', 'SIZES',
            'MIXTURE', 'MIXTURE_SIZE', 'HH_BODIES', 'bradley_terry_loss', 'preference_probability', 'RewardModel',
            'normalize', 'score_pairs', 'pair_correct', 'accuracy', 'crowd_pairs', 'fit_by_hand', 'RewardTrainer',
-           'train_reward_model', 'tiny_reward_model', 'calibration_curve', 'expected_calibration_error',
+           'train_reward_model', 'tiny_reward_model', 'ReplyDesk', 'calibration_curve', 'expected_calibration_error',
            'bayes_accuracy', 'expected_accuracy', 'measure_sign_flip', 'train_with_trl', 'measure_scaling',
            'measure_mixture', 'class_reward', 'ClassifierReward', 'hh_pairs', 'hh_body', 'hh_accuracy']
 
 # %% ../nbs/06_reward_models.ipynb #cde49365
-import gzip, json, math, os, random, shutil
+import gzip, html, json, math, os, random, shutil
 from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,6 +23,7 @@ from tqdm.auto import tqdm
 
 from . import world
 from .errors import CourseError
+from .exercises import is_live
 from .experiments import Experiment
 from .feedback import collect_rankings
 from .pairs import from_trl, group_pairs, rankings_to_pairs, validate_pairs
@@ -581,6 +582,66 @@ def tiny_reward_model(
         torch.manual_seed(seed)
         body = BertModel(config, add_pooling_layer=False)
     return RewardModel(body, tokenizer, seed)
+
+# %% ../nbs/06_reward_models.ipynb #b2197bb7
+class ReplyDesk:
+    """Type replies to one request and see what reward functions pay for them.
+
+    Raises `CourseError` for a blank request, no reward function, or an unusable first reply.
+    """
+    def __init__(self,
+        prompt:str, # The request
+        rewards:dict, # Name -> function of (prompts, responses) that returns one number per reply
+        replies=(), # Replies that stand there from the start
+    ):
+        if not isinstance(prompt, str) or not prompt.strip():
+            raise CourseError(f"prompt is {prompt!r}; the desk needs a request with words.")
+        if not isinstance(rewards, dict) or not rewards or not all(map(callable, rewards.values())):
+            raise CourseError('rewards must name at least one function of (prompts, responses), such as {"model": model}.')
+        self.prompt, self.rewards, self.rows = prompt, dict(rewards), []
+        for text in replies: self.say(text)
+
+    def say(self,
+        reply:str, # Up to 1,000 characters
+    )->dict: # The reply and its scores by name
+        "Score one more reply. Raises `CourseError` for a blank or very long one."
+        if not isinstance(reply, str) or not reply.strip() or len(reply) > 1_000:
+            raise CourseError(f"the reply has {len(reply) if isinstance(reply, str) else 'no'} characters; type 1 to 1,000, "
+                              "with at least one word.")
+        row = {"reply": " ".join(reply.split())}
+        row |= {name: float(reward([self.prompt], [row["reply"]])[0]) for name, reward in self.rewards.items()}
+        self.rows = [each for each in self.rows if each["reply"] != row["reply"]] + [row]
+        return row
+
+    def table(self)->str: # An HTML table, best reply of the first reward on top, all text escaped
+        "What has been said, and what it is worth."
+        first, left = next(iter(self.rewards)), 'style="text-align:left"'
+        head = "".join(f'<th scope="col">{html.escape(name)}</th>' for name in self.rewards)
+        rows = "".join(f'<tr><th scope="row" {left}>{html.escape(row["reply"])}</th>'
+                       + "".join(f"<td>{row[name]:.2f}</td>" for name in self.rewards) + "</tr>"
+                       for row in sorted(self.rows, key=lambda row: -row[first]))
+        return (f"<table><caption {left}>{html.escape(self.prompt)}</caption><thead><tr><th scope=\"col\" {left}>reply</th>"
+                f"{head}</tr></thead><tbody>{rows}</tbody></table>")
+
+    def widget(self): # An ipywidgets box
+        "The live desk."
+        import ipywidgets as w
+        text = w.Text(placeholder="type a reply", description="Reply", layout=w.Layout(width="min(640px, 100%)"))
+        ask, said, page = w.Button(description="Score it", button_style="primary"), w.HTML(), w.HTML(self.table())
+        def score(_):
+            try: row = self.say(text.value)
+            except CourseError as problem: said.value = f'<span role="status">{html.escape(str(problem))}</span>'
+            else:
+                found = ", ".join(f"{name} {row[name]:.2f}" for name in self.rewards)
+                said.value, page.value = f'<span role="status">{html.escape(found)}</span>', self.table()
+        ask.on_click(score)
+        for part, name in ((text, "cai-reply"), (ask, "cai-score"), (said, "cai-scored")): part.add_class(name)
+        return w.VBox([w.HBox([text, ask], layout=w.Layout(flex_flow="row wrap")), said, page])
+
+    def _repr_mimebundle_(self, include=None, exclude=None)->dict: # The table; the desk only where one can live
+        bundle = {"text/html": self.table(), "text/plain": f"{len(self.rows)} replies to: {self.prompt}"}
+        if is_live(): bundle.update(self.widget()._repr_mimebundle_())
+        return bundle
 
 # %% ../nbs/06_reward_models.ipynb #e6318f16
 def calibration_curve(

@@ -11,7 +11,7 @@ import torch
 from cai_course import world
 from cai_course.errors import CourseError
 from cai_course.pairs import group_pairs
-from cai_course.reward import (CROWD, ClassifierReward, RewardModel, RewardTrainer, accuracy, bayes_accuracy,
+from cai_course.reward import (CROWD, ClassifierReward, ReplyDesk, RewardModel, RewardTrainer, accuracy, bayes_accuracy,
                                bradley_terry_loss, calibration_curve, class_reward, crowd_pairs, expected_accuracy,
                                expected_calibration_error, fit_by_hand, hh_accuracy, hh_pairs, normalize, pair_correct,
                                preference_probability, score_pairs, tiny_reward_model, train_reward_model,
@@ -521,3 +521,36 @@ def test_a_reward_model_on_real_pairs_does_no_worse_than_a_coin():
     found, body = hh_accuracy(pairs, folds=3, epochs=2)
     print(f"HH-RLHF harmless, {len(pairs)} pairs, {body}: held-out accuracy {found}")
     assert len(pairs) > 1000 and found.high > .5 and found.high - found.low < .1
+
+
+# --- the desk ---
+
+def test_the_desk_scores_what_is_typed_and_escapes_it():
+    desk = ReplyDesk("How?", {"length": lambda p, r: torch.tensor([float(len(x)) for x in r]), "zero": lambda p, r: [0.] * len(r)}, ["no", "yes sir"])
+    assert desk.say("<b>please  do</b>") == {"reply": "<b>please do</b>", "length": 16., "zero": 0.}
+    assert [row["reply"] for row in desk.rows] == ["no", "yes sir", "<b>please do</b>"]
+    desk.say("no")
+    assert len(desk.rows) == 3, "the same reply stands there once"
+    table = desk.table()
+    assert "&lt;b&gt;please" in table and "<b>" not in table
+    assert table.index("please") < table.index("yes sir") < table.index(">no<"), "the best of the first reward on top"
+
+
+@pytest.mark.parametrize("make, words", [
+    (lambda: ReplyDesk("  ", {"x": len}), "request with words"), (lambda: ReplyDesk("How?", {}), "at least one function"),
+    (lambda: ReplyDesk("How?", {"x": 3}), "at least one function"), (lambda: ReplyDesk("How?", {"x": lambda p, r: [1.]}, [" "]), "1 to 1,000"),
+    (lambda: ReplyDesk("How?", {"x": lambda p, r: [1.]}, ["a" * 1_001]), "1001 characters")])
+def test_an_unusable_desk_is_refused(make, words):
+    with pytest.raises(CourseError, match=words): make()
+
+
+def test_the_live_desk_scores_on_a_click():
+    desk = ReplyDesk("How?", {"length": lambda p, r: [float(len(x)) for x in r]}, ["no"])
+    (line, said, page) = desk.widget().children
+    text, button = line.children
+    text.value = "a longer one"
+    button.click()
+    assert "12.00" in said.value and "a longer one" in page.value and len(desk.rows) == 2
+    text.value = " "
+    button.click()
+    assert "characters" in said.value and len(desk.rows) == 2
