@@ -407,15 +407,17 @@ def _text(record:dict) -> str: # JSON with one line for each entry and each row
     return "{\n" + ",\n".join(f" {line(key)}: " + (f"[\n{rows}\n ]" if key == "rows" else line(value))
                               for key, value in record.items()) + "\n}\n"
 
-def _rows_so_far(folder:Path, name:str, key:dict) -> tuple: # ({seed: its row}, seconds); empty if the code has changed
+def _rows_so_far(folder:Path, experiment:Experiment, key:dict) -> tuple: # ({seed: its row}, seconds); empty if the code has changed
     rows, seconds = {}, 0.
-    for path in (folder / f"{name}.json", folder / f".{name}.partial.jsonl"):
+    # other claims about the same measurement may have been looked at already
+    names = [experiment.name, *sorted(each.name for each in EXPERIMENTS.values() if each.run is experiment.run and each is not experiment)]
+    for path in (folder / file for name in names for file in (f"{name}.json", f".{name}.partial.jsonl")):
         try:
             text = path.read_text(encoding="utf-8")
             record = json.loads(text) if path.suffix == ".json" else from_jsonl(text)
             if path.suffix == ".jsonl": record = {**record[0], "rows": record[1:]}
             if {k: record[k] for k in key} != jsonable(key): continue
-            found = {row["seed"]: row for row in record["rows"]}
+            found = {row["seed"]: _checked_row(experiment, row["seed"], row) for row in record["rows"]}
             if not found.keys() <= rows.keys(): rows, seconds = found, float(record["seconds"])
         except (OSError, ValueError, KeyError, TypeError, IndexError): # none, or not whole: measured anew
             continue
@@ -430,6 +432,8 @@ def run_experiment(
 ) -> Result: # Also stored as NAME.json, unless a result of more seeds is stored there already
     """Run an experiment over the seeds 0, 1, ... and store what it found; a run that was stopped goes on where it was.
 
+    Claims about the same measurement share it: what one of them has stored is not measured again for the others.
+
     Raises `CourseError` for an unknown name, for 0 seeds, and for a run that returns no finite number.
     """
     from tqdm.auto import tqdm
@@ -440,7 +444,7 @@ def run_experiment(
                           f"Leave it out to run {experiment.seeds}.")
     wanted = list(range(experiment.seeds if seeds is None else seeds))
     key = {"hashes": fingerprints(experiment), "versions": _versions()}
-    rows, seconds = ({}, 0.) if fresh else _rows_so_far(folder, name, key)
+    rows, seconds = ({}, 0.) if fresh else _rows_so_far(folder, experiment, key)
     partial = folder / f".{name}.partial.jsonl"
     def save():
         with disk_errors(folder): write_atomic(partial, to_jsonl([{**key, "seconds": seconds}, *rows.values()]))

@@ -237,6 +237,23 @@ def test_more_seeds_use_what_is_there_and_fewer_keep_it(gap, tmp_path, monkeypat
     assert calls == [4, 5, 0, 1, 2, 3]
 
 
+def test_claims_about_the_same_measurement_share_it(tmp_path):
+    asked = []
+    def once(seed):
+        asked.append(seed)
+        return {"gap": 1. + seed / 10, "other": 2. + seed}
+    def again(seed): return once(seed)
+    for name, value, run in (("tmp-one", "gap", once), ("tmp-two", "other", once), ("tmp-three", "gap", again)):
+        make(name=name, value=value, run=run, seeds=3)
+    first = run_experiment("tmp-one", out=tmp_path, progress=False)
+    second = run_experiment("tmp-two", out=tmp_path, progress=False)
+    assert asked == [0, 1, 2] and [row["other"] for row in second.rows] == [2., 3., 4.] and second.rows == first.rows
+    run_experiment("tmp-three", out=tmp_path, progress=False)
+    assert asked == [0, 1, 2] * 2, "another function is another measurement"
+    run_experiment("tmp-two", out=tmp_path, progress=False, fresh=True)
+    assert asked == [0, 1, 2] * 3
+
+
 def test_a_killed_process_goes_on(tmp_path):
     program = textwrap.dedent("""
         import os, sys
