@@ -182,6 +182,15 @@ def test_the_readme_states_the_time_and_the_memory_of_the_stored_run():
     assert f"took {found['seconds'] / 60:.0f} minutes" in text and f"{found['peak_memory_mb'] / 1000:.1f} GB of memory" in text
 
 
+def test_the_readme_states_the_stored_speeds():
+    "Written by `benchmarks/rlhf.py --json`; the README rounds to a tenth."
+    rows = json.loads((ROOT / "benchmarks" / "results" / "rlhf-small-fp32.json").read_text(encoding="utf-8"))["rows"]
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    for row in rows:
+        if row["setting"] in ("lab3", "batched"):
+            assert f"| {row['seconds']:.1f} s | {row['trl_seconds']:.1f} s, {row['ratio']:.1f} times as long |" in text, row["setting"]
+
+
 @pytest.mark.parametrize("name", [name for name in PAGES if name.endswith(".ipynb")])
 def test_every_picture_of_a_notebook_says_what_it_shows(name):
     for number, cell in enumerate(json.loads((ROOT / "nbs" / name).read_text(encoding="utf-8"))["cells"]):
