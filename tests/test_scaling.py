@@ -274,7 +274,7 @@ def test_two_processes_are_one_if_every_token_weighs_the_same():
 
 
 def test_a_process_that_fails_is_named_with_its_reason():
-    with pytest.raises(CourseError, match=r"rank 0 of 1 failed: .*TypeError.*takes exactly one argument.*Try ranks=1"):
+    with pytest.raises(CourseError, match=r"rank 0 of 1 failed: .*TypeError.*takes exactly one argument.*Try one rank"):
         run_ranks(math.sqrt, 1)
 
 
@@ -361,3 +361,13 @@ def test_token_costs_by_hand():
     assert token_costs(policy, ["abcd efgh", "abcdefghi"]) == dict(per_word=5 / 3, spelled=1 / 5, longest=3)
     assert token_costs(policy, ["\u00e9\u00e9"])["spelled"] == 1
     with pytest.raises(CourseError, match="1 texts with 0 words"): token_costs(policy, ["  "])
+
+
+# --- the useful batch ---
+
+def test_the_noise_scale_by_hand():
+    """Two replies with gradients 1 and 3 in one weight: mean 2, variance 1."""
+    weight = torch.zeros(1, requires_grad=True)
+    losses = lambda rows: (weight * torch.tensor([[1.], [3.]])[rows], torch.ones(len(rows), 1))
+    assert scaling.noise_scale([weight], losses, [0, 1]) == pytest.approx(1 / 4)
+    with pytest.raises(CourseError, match="there are 1 rows"): scaling.noise_scale([weight], losses, [0])
