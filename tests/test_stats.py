@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from cai_course.errors import CourseError
-from cai_course.stats import Estimate, as_table, equivalence, estimate, paired_difference, verdict, wilson
+from cai_course.stats import Estimate, as_table, equivalence, estimate, over_seeds, paired_difference, verdict, wilson
 
 
 def table(S=3, P=300):
@@ -243,3 +243,38 @@ def test_fast():
 def test_imports_neither_torch_nor_scipy_stats():
     code = "import sys, cai_course.stats\nprint([m for m in ('torch', 'scipy.stats') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
+
+
+# --- one number for each seed ---
+
+def test_over_seeds_is_student_inside_the_scale():
+    from scipy import stats
+    values = [.52, .47, .55, .44, .5]
+    half = stats.t.ppf(.975, 4) * np.std(values, ddof=1) / math.sqrt(5)
+    e = over_seeds(values, bounds=(-math.inf, math.inf))
+    assert e.value == pytest.approx(np.mean(values)) and (e.n, e.seeds, e.level) == (5, 5, .95)
+    assert (e.low, e.high) == pytest.approx((e.value - half, e.value + half), abs=.02 * half)
+    assert over_seeds(values, level=.9).high < over_seeds(values).high
+    assert over_seeds(values).low < e.low and e.high < over_seeds(values).high   # a scale with ends: a rare run may hide
+    edge = over_seeds([.9, 1., .97, 1., .99])
+    assert edge.high == 1 and edge.low < .97
+
+
+def test_over_seeds_of_differences_may_fall_below_zero():
+    values = [.01, .3, .02, .25, .05]
+    assert over_seeds(values).low == 0                       # taken for rates
+    assert -1 < over_seeds(values, bounds=(-1, 1)).low < 0   # known to be differences
+    assert over_seeds(values, bounds=(-math.inf, math.inf)).low < 0
+
+
+def test_over_seeds_of_equal_values_is_never_certain():
+    e = over_seeds([0.] * 5)
+    assert e.low == 0 and e.high == pytest.approx(wilson(0, 5).high)
+    assert over_seeds([3.] * 5).high == math.inf              # no scale, no spread: nothing is known
+
+
+@pytest.mark.parametrize("values, said", [([], "empty"), ([.5], "at least two seeds"), ([.5, math.nan], "NaN"),
+                                          ([[.5, .6]], "one-dimensional")])
+def test_over_seeds_refuses_what_it_cannot_use(values, said):
+    with pytest.raises(CourseError, match=said):
+        over_seeds(values)
