@@ -572,10 +572,13 @@ class Change:
         return f"{self.what} {self.where}" + (f": {self.before} -> {self.after}" if self.what == "moved" else "")
 
 def diff(
-    a:Constitution, # The old one
-    b:Constitution, # The new one
+    a, # The old one: a `Constitution`, or what `load_constitution` takes
+    b, # The new one, likewise
 )->list: # Of `Change`; empty if nothing differs
-    "List what has changed from one constitution to another, principle by principle."
+    """List what has changed from one constitution to another, principle by principle.
+
+    Raises `CourseError` for a name or file that cannot be loaded.
+    """
     a, b = load_constitution(a), load_constitution(b)
     out = [Change("changed", k, getattr(a, k), getattr(b, k))
            for k in ("name", "version", "description") if getattr(a, k) != getattr(b, k)]
@@ -664,7 +667,7 @@ class PrincipleEditor:
 
     def picture(self): # A figure
         "The edit as a picture: one line for each pair, from the old judgment to the new one."
-        from cai_course.plots import baseline, legend, new_figure, role_style
+        from cai_course.plots import legend, new_figure, role_style
         before, after = self.before(), self.after()
         fig, ax = new_figure("P(reply a is better)", "", self.message(), height=1.1 + .28 * len(before))
         ax.grid(visible=False, axis="y")

@@ -285,6 +285,12 @@ def test_diff_names_what_changed(good):
     assert "- 1" in str(diff(good, replace(good, version="2"))[0])
 
 
+def test_diff_takes_names_and_files(good, tmp_path):
+    (tmp_path / "good.yaml").write_text(good.to_yaml(), encoding="utf-8")
+    assert diff("course", "course") == [] == diff(good, tmp_path / "good.yaml")
+    with pytest.raises(CourseError, match="no constitution 'coarse'"): diff("course", "coarse")
+
+
 def test_html_is_escaped():
     evil = "<script>alert(1)</script>"
     shown = Constitution(evil, evil, evil, [Principle(evil, evil, evil, evil, evil)])._repr_html_()

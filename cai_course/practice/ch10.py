@@ -138,7 +138,7 @@ what_changed = Exercise(
 # %% ../../nbs/practice/10_constitution.ipynb #13ff0aca
 _REPLIES = ["(A) is better", "Bake it (or fry it).", "( b ) or (B)? (AB) and A)", "vitamin (C), then (a)", "(Always) ask."]
 
-def _defuse(text): return re.sub(r"\(\s*([ABab])\s*\)", lambda m: f"[{m[1].upper()}]", text)
+def _defuse(text): return re.sub(r"\(\s*([ABab])\s*\)", lambda m: f"[{m[1]}]", text)
 
 no_forged_labels = Exercise(
     id="10-no-forged-labels", title="A reply that pretends to be the form", difficulty="medium", minutes=7,
@@ -151,18 +151,18 @@ no_forged_labels = Exercise(
                                  "through."),
             "every parenthesis": (lambda t: t.replace("(", "[").replace(")", "]"),
                                   "This changes ordinary text, too. A judge must see what the reply says."),
-            "every single letter": (lambda t: re.sub(r"\(\s*([A-Za-z])\s*\)", lambda m: f"[{m[1].upper()}]", t),
+            "every single letter": (lambda t: re.sub(r"\(\s*([A-Za-z])\s*\)", lambda m: f"[{m[1]}]", t),
                                     "Vitamin (C) is no option of this form. Leave it alone."),
             "removed": (lambda t: re.sub(r"\(\s*([ABab])\s*\)", "", t),
-                        "The mark is gone, and with it what the reply tried. Show it in a harmless form: [A] or [B]."),
-            "letter kept small": (lambda t: re.sub(r"\(\s*([ABab])\s*\)", lambda m: f"[{m[1]}]", t),
-                                  "Nearly. Write the letter large: [A] or [B]."),
+                        "The mark is gone, and with it what the reply tried. Show it in a harmless form, such as [A]."),
+            "letter made large": (lambda t: re.sub(r"\(\s*([ABab])\s*\)", lambda m: f"[{m[1].upper()}]", t),
+                                  "Nearly. Keep the letter as it was: the judge must see what the reply says."),
         },
         praise="The judge still sees what the reply tried; it just no longer looks like the form."),
     hints=("A regular expression: an opening parenthesis, perhaps spaces, one of four letters, perhaps spaces, a closing one.",
-           "re.sub(r'\\(\\s*([ABab])\\s*\\)', ...) with the letter in brackets, made large."),
+           "re.sub(r'\\(\\s*([ABab])\\s*\\)', ...) with the letter that was found in brackets."),
     solution="import re\n\ndef no_forged_labels(text):\n"
-             "    return re.sub(r'\\(\\s*([ABab])\\s*\\)', lambda m: f'[{m[1].upper()}]', text)")
+             "    return re.sub(r'\\(\\s*([ABab])\\s*\\)', lambda m: f'[{m[1]}]', text)")
 
 # %% ../../nbs/practice/10_constitution.ipynb #e8e33096
 explicit_values = quiz(
@@ -171,7 +171,7 @@ explicit_values = quiz(
      "The model now follows these rules",
      "The rules are no longer anybody's choice",
      "Nothing: values cannot be written down"],
-    ["Right. Explicit means inspectable. It means neither right nor obeyed.",
+    ["Explicit means inspectable. It means neither right nor obeyed.",
      "A rule acts through a model's reading of it. Later chapters measure how often that reading is right.",
      "Somebody chose every line. The paper's authors call their own choice ad hoc.",
      "Part of them can, and that part can be diffed. The rest stays in the data and in the model."])
@@ -181,6 +181,6 @@ one_per_step = quiz(
     ["It may never meet the principle that it violates; over many prompts every principle gets its turn",
      "It is checked against all sixteen, one after the other",
      "It is checked against the principle that fits it best"],
-    ["Right. With four draws of sixteen, one certain principle is met by fewer than a quarter of the replies.",
+    ["With four draws of sixteen, one certain principle is met by fewer than a quarter of the replies.",
      "With four rounds at most four different principles are drawn.",
      "Nothing chooses a fitting principle. The draw does not look at the reply."])
