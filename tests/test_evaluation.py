@@ -301,7 +301,7 @@ print("fine")
 
 # --- training, at toy size, and the experiments ---
 
-def test_pairs_for_the_judge_prefer_the_polite_and_the_fitting_summary():
+def test_pairs_for_the_reward_model_prefer_the_polite_and_the_fitting_summary():
     talks = world.dialogues("train", 6, seed=0, rude=True)
     pairs = summary_pairs(talks)
     assert len(pairs) == 12

@@ -187,7 +187,7 @@ not_significant = quiz(
      "Training does not reduce toxicity",
      "The printed improvement is the best guess, so report it and leave the p value out",
      "Sample dialogue after dialogue until p falls below 0.05, then stop"],
-    ["Right. The interval says both at once. The cure is a sample size chosen before the study.",
+    ["The interval says both at once. The cure is a sample size chosen before the study.",
      "A test that finds nothing shows nothing, unless the interval is narrow enough to exclude every change that "
      "matters.",
      "It is the best guess, but a reader cannot know how bad it may be. A figure without its interval is half a "
@@ -200,19 +200,19 @@ spread_is_no_quality = quiz(
     ["Little: where few texts score high, mean and spread fall together, and a small spread is no aim in itself",
      "The model has become more reliable, which is a second success",
      "It proves that the change in the mean is real"],
-    ["Right. A model that is always rude has a small spread, too.",
+    ["A model that is always rude has a small spread, too.",
      "A spread says how much texts differ, not how good they are. Being reliably toxic would score well.",
      "Whether a change is real depends on its standard error, which needs the number of dialogues."])
 
 which_measure = quiz(
-    "After training, the judge that trained the model gives higher scores on held-out dialogues. What else do you need "
-    "before you believe that the summaries are better?",
+    "After training, the reward model that trained the policy gives higher scores on held-out dialogues. What else do "
+    "you need before you believe that the summaries are better?",
     ["A measure that training never saw, and what was not trained: facts, variety, other skills",
      "Nothing: the dialogues were held out",
-     "The same judge's scores on more dialogues",
+     "The same reward model's scores on more dialogues",
      "The training curve, to see that it has converged"],
-    ["Right. A judge that can be fooled is fooled on new dialogues, too; and what no measure covers can get worse "
+    ["A reward model that can be fooled is fooled on new dialogues, too; and what no measure covers can get worse "
      "unseen.",
-     "The dialogues are new to the policy, but the judge is the one that it learned to please.",
+     "The dialogues are new to the policy, but the reward model is the one that it learned to please.",
      "This narrows the interval around the wrong question.",
      "A converged curve says that the proxy is exhausted. Chapter 08 showed what gold may do meanwhile."])
