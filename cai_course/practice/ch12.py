@@ -90,7 +90,9 @@ same_place = Exercise(
                                      "Shares of the two columns may agree while the pairs do not. Compare pair by "
                                      "pair."),
         },
-        praise="This number needs no truth: a judge's bias for places can be measured on unlabeled pairs."),
+        praise="This number needs no truth: a judge's bias for places can be measured on unlabeled pairs. But a judge that "
+               "tosses a coin lands on one half, so the 56 % of Lee et al.'s smallest labeler are not far from noise. "
+               "Tell a bias from noise by which place wins: a coin has no favorite."),
     hints=("Both columns are probabilities of the label (A), so of the reply that stands first.",
            "The place wins if both lie on the same side of one half. Take the share of such pairs."),
     solution="import numpy as np\n\ndef same_place(p_ab, p_ba):\n    return float(np.mean((p_ab > .5) == (p_ba > .5)))")
@@ -113,8 +115,7 @@ self_consistent = Exercise(
                            "This averages over pairs. One label for each pair is wanted, from its own thoughts."),
             "most confident": (lambda p: np.take_along_axis(np.asarray(p, float), np.abs(np.asarray(p) - .5)
                                                             .argmax(1)[:, None], 1)[:, 0],
-                               "This trusts the loudest thought. Confidence after a thought is mostly extreme, right or "
-                               "wrong."),
+                               "This trusts the loudest thought. A thought can be sure and wrong."),
         },
         praise="Averaging probabilities gives labels near one half where the thoughts disagree."),
     hints=("Rows are pairs, columns are thoughts.", "The mean along each row."),
@@ -164,7 +165,8 @@ clamp_scale = quiz(
      "Whether the reward model's accuracy rose",
      "Nothing: the paper clamped, too"],
     ["Right. Clamped labels make small rewards. A smaller reward under the same penalty is a stronger penalty.",
-     "Accuracy only asks on which side of one half a label falls, and clamping does not move that.",
+     "Clamping leaves each label on its side of one half, and yet a model that is trained on weak labels may rank worse or "
+     "better. That is worth a look, but accuracy says nothing about scale, which is what makes training look calmer.",
      "The paper reports no table about it, and no control for the scale."])
 
 agrees_with_itself = quiz(
