@@ -815,6 +815,24 @@ class Policy:
         values = None if hidden is None else spread(self.value_head(hidden.float())[..., 0])
         return spread(logp), values, spread(entropy)
 
+    def logprobs_with_gradient(
+        self,
+        prompts: Sequence[str], # b texts, at least one: a single batch
+        responses: Sequence[str], # b texts
+    ) -> tuple[torch.Tensor, torch.Tensor]: # log-probabilities in nats and mask, both `(b, T)`, 0 where masked
+        """What `logprobs` says, with the gradient that a loss on given responses needs, such as `dpo_loss`.
+
+        Raises `CourseError` if the lists are empty, differ in length, or hold anything but strings.
+        """
+        prompt_rows, response_rows, temperature = self._rows(prompts, responses, None)
+        if not prompt_rows:
+            raise CourseError("prompts is empty; a loss needs at least one example. Pass two lists of strings.")
+        self._check_length(prompt_rows, max(map(len, response_rows)))
+        ids, mask = self._pad_prompts(prompt_rows)
+        written, real = (x.to(self.device) for x in _pad(response_rows, value=self.pad))
+        real = real.float()
+        return _pick(self._forward(ids, mask, written, real)[0], written, temperature) * real, real
+
     def start_adapter(
         self,
         r: int = 16, # Rank of the update

@@ -424,6 +424,30 @@ def test_padding_never_changes_gradients(folder):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_logprobs_with_gradient_are_logprobs_and_can_be_learned_from(folder, kind):
+    policy = shaken(load_policy(folder(kind)).start_adapter())
+    logprobs, mask = policy.logprobs_with_gradient(PROMPTS, REPLIES)
+    known, same = policy.logprobs(PROMPTS, REPLIES)
+    assert torch.equal(mask, same) and not known.requires_grad
+    torch.testing.assert_close(logprobs.detach(), known, atol=1e-4, rtol=1e-4)
+    grads = torch.autograd.grad(logprobs[0].sum(), policy.trainable_parameters())
+    alone = torch.autograd.grad(policy.logprobs_with_gradient(PROMPTS[:1], REPLIES[:1])[0].sum(), policy.trainable_parameters())
+    assert sum(float(g.abs().sum()) for g in grads) > 0
+    for a, b in zip(grads, alone): # neither other rows nor padding reach a row
+        assert (a - b).abs().max() <= 1e-3 * b.abs().max() + 1e-6 # 32-bit sums in another order
+
+
+def test_logprobs_with_gradient_refuses_what_it_cannot_score(folder):
+    policy = load_policy(folder("gpt2"))
+    with pytest.raises(CourseError, match="prompts is empty"):
+        policy.logprobs_with_gradient([], [])
+    with pytest.raises(CourseError, match="positions"):
+        policy.logprobs_with_gradient(["a lamp " * 100], ["yes"])
+    with pytest.raises(CourseError):
+        policy.logprobs_with_gradient(PROMPTS, REPLIES[:-1])
+
+
 @pytest.mark.parametrize("kind", ["t5", "bart"])
 def test_an_adapter_on_the_decoder_alone_reads_each_prompt_once(folder, kind, monkeypatch, tmp_path):
     policy = load_policy(folder(kind), value_head=True).start_adapter(r=4, decoder_only=True)
