@@ -4,8 +4,8 @@ import math
 import pytest
 import torch
 
-from cai_course.beyond_ppo import (STYLES, dpo_loss, exact_optimum, expected_gradient, group_advantages, leave_one_out, make_menu, objective,
-                                   train_dpo, train_sampled)
+from cai_course.beyond_ppo import (MENU_STYLES, dpo_loss, exact_optimum, expected_gradient, group_advantages, leave_one_out, make_menu,
+                                   objective, train_dpo, train_sampled)
 from cai_course.errors import CourseError
 
 
@@ -17,7 +17,7 @@ def menu():
 def test_a_menu_is_the_same_twice_and_knows_good_from_bad(menu):
     again = make_menu(4, seed=3)
     assert menu.replies == again.replies and torch.equal(menu.rewards, again.rewards) and torch.equal(menu.ref_logprobs, again.ref_logprobs)
-    best = [STYLES["harmful" if i < 2 else "benign"][k] for i, k in enumerate(menu.rewards.argmax(1))]
+    best = [MENU_STYLES["harmful" if i < 2 else "benign"][k] for i, k in enumerate(menu.rewards.argmax(1))]
     assert best == ["refuse", "refuse", "helpful", "helpful"]
     assert torch.allclose(menu.ref_logprobs.exp().sum(1), torch.ones(4))
 
@@ -86,3 +86,11 @@ def test_every_method_learns(menu, method):
 def test_an_unknown_method_is_refused(menu):
     with pytest.raises(CourseError, match="ppo, rloo or grpo"):
         train_sampled(menu, "dqn")
+
+
+def test_the_exercise_and_the_chapter_divide_by_the_same_spread():
+    from cai_course.practice.ch16 import scaled_by_group
+    space = {}
+    exec(scaled_by_group.solution, space)
+    r = torch.tensor([[1., 0., 0., 0.], [2., 2., 2., 2.], [3., 1., 4., 1.]])
+    assert torch.allclose(torch.tensor(space["scaled_by_group"](r.numpy())), group_advantages(r), atol=1e-4)

@@ -61,9 +61,9 @@ without_the_own = Exercise(
     solution="def without_the_own(rewards):\n    return rewards - (rewards.sum() - rewards) / (len(rewards) - 1)")
 
 # %% ../../nbs/practice/16_beyond_ppo.ipynb #30ecb93b
-def _scaled(r, eps=1e-6):
+def _scaled(r, eps=1e-6, ddof=1):
     r = np.asarray(r, float)
-    return (r - r.mean(1, keepdims=True)) / (r.std(1, keepdims=True) + eps)
+    return (r - r.mean(1, keepdims=True)) / (r.std(1, ddof=ddof, keepdims=True) + eps)
 
 def _unsafe(r):
     with np.errstate(all="ignore"): return _scaled(r, 0.)
@@ -75,22 +75,24 @@ scaled_by_group = Exercise(
         _scaled,
         mistakes={
             "NaN for equal replies": (_unsafe,
-                                      "Right, up to the group in which all replies are equal: 0 / 0. Add something "
+                                      "Nearly: in the group in which all replies are equal this is 0 / 0. Add something "
                                       "tiny below the bar."),
-            "whole batch": (lambda r: (r - r.mean()) / (r.std() + 1e-6),
+            "divided by n": (lambda r: _scaled(r, ddof=0),
+                             "Nearly. NumPy's std divides by n; the chapter's by n - 1: ddof=1."),
+            "whole batch": (lambda r: (r - r.mean()) / (r.std(ddof=1) + 1e-6),
                             "This scales over the whole batch. Each prompt is a group of its own: mind the axis."),
-            "across prompts": (lambda r: (r - r.mean(0)) / (r.std(0) + 1e-6),
+            "across prompts": (lambda r: (r - r.mean(0)) / (r.std(0, ddof=1) + 1e-6),
                                "This is the other axis: it compares replies to different prompts."),
-            "variance": (lambda r: (r - r.mean(1, keepdims=True)) / (r.var(1, keepdims=True) + 1e-6),
+            "variance": (lambda r: (r - r.mean(1, keepdims=True)) / (r.var(1, ddof=1, keepdims=True) + 1e-6),
                          "Divide by the standard deviation, not by the variance."),
-            "not centered": (lambda r: r / (r.std(1, keepdims=True) + 1e-6),
+            "not centered": (lambda r: r / (r.std(1, ddof=1, keepdims=True) + 1e-6),
                              "Subtract the group's mean first: an advantage is a comparison."),
         },
         praise="Every group has the same weight now, whatever was at stake in it.", tolerance=1e-3),
     hints=("Mean and standard deviation of each row; keepdims=True keeps them as columns.",
-           "(rewards - mean) / (std + 1e-6), with axis 1."),
+           "(rewards - mean) / (std + 1e-6), with axis 1 and ddof=1."),
     solution="def scaled_by_group(rewards):\n"
-             "    mean, std = rewards.mean(1, keepdims=True), rewards.std(1, keepdims=True)\n"
+             "    mean, std = rewards.mean(1, keepdims=True), rewards.std(1, ddof=1, keepdims=True)\n"
              "    return (rewards - mean) / (std + 1e-6)")
 
 # %% ../../nbs/practice/16_beyond_ppo.ipynb #0ca9b66a
@@ -124,7 +126,7 @@ what_dpo_needs = quiz(
     "Which models does DPO run while it trains?",
     ["The policy and the reference", "The policy alone", "The policy, the reference and a reward model",
      "The policy, the reference and a critic"],
-    ["Right. The reference scores each pair once, so even that can be done beforehand and stored.",
+    ["The reference scores each pair once, so even that can be done beforehand and stored.",
      "The loss compares with the reference: without it nothing says how far is too far.",
      "The reward is the log-ratio of policy and reference. Nobody trains another one.",
      "A critic predicts the reward of replies that the policy writes, and DPO writes none."])
