@@ -319,7 +319,7 @@ def word_changes(
 )->list: # One number per revision, in [0, 1]: 0 the same words, 1 no word in common
     "How much each revision changes the words: the Jaccard distance of the sets of words before and after."
     words = [set(re.findall(r"[a-z0-9']+", t.lower())) for t in versions]
-    return [1 - len(x & y) / max(1, len(x | y)) for x, y in zip(words, words[1:])]
+    return [len(x ^ y) / max(1, len(x | y)) for x, y in zip(words, words[1:])]
 
 def released_revisions(
     folder, # `samples` of the paper's repository

@@ -348,8 +348,11 @@ def tilted_value(
     return float((weights / weights.sum(1, keepdims=True) * np.asarray(worth, float)).sum(1).mean())
 
 
-def measure_labels(seed:int)->dict: # Lists over LABEL_ARMS: label_error, model_error (ECE), accuracy, spread, as_is, scaled; gaps
-    "Train one reward model for each kind of label on 240 judged pairs; tilt towards each, as it is and at equal scale."
+def measure_labels(seed:int)->dict: # Lists over LABEL_ARMS: label_error, model_error, accuracy, spread, as_is, scaled; gaps
+    """Train one reward model for each kind of label on 240 judged pairs; tilt towards each, as it is and at equal scale.
+
+    The two errors are expected calibration errors: of the labels, and of the reward model on new pairs.
+    """
     from cai_course.models import load_policy
     from cai_course.reward import RewardModel, expected_calibration_error, train_reward_model
     from cai_course.world import Labeler, reply, requests
@@ -396,7 +399,8 @@ SOFT_LABELS = Experiment(
 
 CLAMPED_LABELS = Experiment(
     name="clamping-pays-the-sure", chapter="12", run=measure_labels, value="interaction", predicts=">", seeds=5,
-    claim="At equal reward scale, clamping labels to 40-60 % does more for an over-confident judge than for a calm one.",
+    claim="At equal reward scale, clamping labels to 40-60 % does more for an over-confident judge than for a calm "
+          "one.",
     source="after Bai et al. 2022, Constitutional AI (2212.08073), section 4.3 (a verdict without a table)",
     models=("pocket-t5", "pocket-bert"))
 
@@ -443,7 +447,7 @@ SELF_PREFERENCE = Experiment(
     source="after Panickssery et al. 2024 (2404.13076), self-preference", models=("pocket-t5",))
 
 # %% ../nbs/12_ai_feedback.ipynb #09f32ac5
-def measure_thinking(seed:int)->dict: # Agreement: at_once, greedy, sampled, five, five_cool; by group; over NOISE; gains
+def measure_thinking(seed:int)->dict: # Agreement of five ways to judge, by group, and of two over NOISE; gains
     "Judge 80 pairs at once, after one thought, and with five sampled thoughts averaged; with damaged judges, too."
     from cai_course.models import load_policy
     cases, out = judge_cases(80, seed), {}

@@ -1,8 +1,12 @@
 """Critique and revision: the fixed prompt formats, the loop, and the training data made from it."""
+import json
+import os
 import subprocess
 import sys
 from collections import Counter
+from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
 
@@ -223,6 +227,43 @@ def test_a_critique_names_kinds_by_their_phrases():
 def test_variety():
     from cai_course.critique import distinct_pairs
     assert distinct_pairs(["a b c", "a b c"]) == .5 and distinct_pairs(["a b", "c d"]) == 1. and distinct_pairs([""]) == 0.
+
+
+def test_distances_of_words():
+    from cai_course.critique import mean_distance, word_changes
+    assert word_changes(["a b c", "B, c d!", "b c d"]) == [.5, 0.] and word_changes(["", ""]) == [0.] and word_changes(["a"]) == []
+    assert mean_distance(["a b", "a b", "c"]) == pytest.approx(2 / 3) and mean_distance(["a", "a"]) == 0.
+    assert mean_distance(["x y", "y z", "z x"]) == mean_distance(["z x", "x y", "y z"]) == pytest.approx(2 / 3)
+    with pytest.raises(CourseError, match="found 1 texts"): mean_distance(["a"])
+
+
+def released_row(*texts):
+    return {"initial_response": [{"sample": texts[0]}], "cst": [{"revision": {"sample": t}} for t in texts[1:]]}
+
+
+def test_released_revisions_are_read_in_order(tmp_path):
+    from cai_course.critique import released_revisions
+    texts = [["a", "b\u2028b", "c"], ["d", "e", "f"]]  # a line separator inside a text ends no line of the file
+    for name, row in zip(("LAMDA", "PALMS"), texts):
+        (tmp_path / f"{name}_SLMADISON.jsonl").write_text(json.dumps(released_row(*row), ensure_ascii=False) + "\n\n", encoding="utf-8")
+    (tmp_path / "PALMS_HRLHF.jsonl").write_text("of another form", encoding="utf-8")
+    assert released_revisions(tmp_path) == texts
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"cst": []}', '{"initial_response": [], "cst": []}', '{"initial_response": [{"sample": "a"}], "cst": [1]}'])
+def test_released_revisions_of_another_form(tmp_path, text):
+    from cai_course.critique import released_revisions
+    with pytest.raises(CourseError, match="holds no file"): released_revisions(tmp_path)
+    (tmp_path / "PALMS_SLMADISON.jsonl").write_text(text, encoding="utf-8")
+    with pytest.raises(CourseError, match="PALMS_SLMADISON.jsonl cannot be read"): released_revisions(tmp_path)
+
+
+@pytest.mark.skipif(not os.environ.get("CAI_COURSE_REAL_DATA"), reason="CAI_COURSE_REAL_DATA names no folder of real data")
+def test_the_papers_first_revision_rewrites_most():
+    from cai_course.critique import released_revisions, word_changes
+    rows = released_revisions(Path(os.environ["CAI_COURSE_REAL_DATA"]) / "constitutional-ai" / "samples")
+    change = np.array([word_changes(each) for each in rows])
+    assert len(rows) >= 40 and change.shape[1] == 4 and change.mean(0).argmax() == 0
 
 
 def test_votes_follow_the_person():

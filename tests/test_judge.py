@@ -289,6 +289,28 @@ def test_tilting_is_the_closed_form():
     assert np.isclose(tilted_value(1e6 * scores[:1], worth[:1]), 1.)
 
 
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=20), st.floats(1., 10.))
+def test_an_overconfident_judge_picks_the_same_winners(prob, times):
+    from cai_course.judge import overconfident
+    p = np.array(prob)
+    sure = overconfident(p, times)
+    assert (np.sign(np.round(sure - .5, 9)) * np.sign(np.round(p - .5, 9)) >= 0).all()
+    assert (abs(sure - .5) >= abs(p - .5) - 1e-9).all() and np.allclose(overconfident(1 - p, times), 1 - sure)
+    inside = (p > .01) & (p < .99)
+    assert np.allclose(sure[inside], sigmoid(times * np.log(p[inside] / (1 - p[inside]))))
+
+
+def test_position_experiment_keeps_the_share_and_the_lean_apart(monkeypatch):
+    from cai_course import judge, models
+    monkeypatch.setattr(models, "load_policy", lambda name: Fake(bonus=50.))
+    row = judge.measure_position(0)
+    assert row["flips"] == row["first"] == 1. and row["lean_first"] == pytest.approx(.5)
+    monkeypatch.setattr(models, "load_policy", lambda name: Fake(bonus=0.))
+    row = judge.measure_position(0)
+    assert row["first"] <= row["flips"] < .5 and abs(row["lean_first"]) < 1e-9
+
+
 def test_noise_weakens_in_place_and_repeats():
     import torch
     from cai_course.judge import damaged

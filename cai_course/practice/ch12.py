@@ -90,9 +90,9 @@ same_place = Exercise(
                                      "Shares of the two columns may agree while the pairs do not. Compare pair by "
                                      "pair."),
         },
-        praise="This number needs no truth: a judge's bias for places can be measured on unlabeled pairs. But a judge that "
-               "tosses a coin lands on one half, so the 56 % of Lee et al.'s smallest labeler are not far from noise. "
-               "Tell a bias from noise by which place wins: a coin has no favorite."),
+        praise="This number needs no truth: it can be measured on unlabeled pairs. A judge that tosses a coin lands on one "
+               "half, so the 56 % of Lee et al.'s smallest labeler are close to what mere noise gives. Tell a bias from "
+               "noise by which place wins: a coin has no favorite."),
     hints=("Both columns are probabilities of the label (A), so of the reply that stands first.",
            "The place wins if both lie on the same side of one half. Take the share of such pairs."),
     solution="import numpy as np\n\ndef same_place(p_ab, p_ba):\n    return float(np.mean((p_ab > .5) == (p_ba > .5)))")
@@ -165,8 +165,8 @@ clamp_scale = quiz(
      "Whether the reward model's accuracy rose",
      "Nothing: the paper clamped, too"],
     ["Right. Clamped labels make small rewards. A smaller reward under the same penalty is a stronger penalty.",
-     "Clamping leaves each label on its side of one half, and yet a model that is trained on weak labels may rank worse or "
-     "better. That is worth a look, but accuracy says nothing about scale, which is what makes training look calmer.",
+     "Clamping leaves each label on its side of one half, and yet a model that is trained on weak labels may rank "
+     "differently. That is worth a look, but accuracy says nothing about scale, which makes training look calmer.",
      "The paper reports no table about it, and no control for the scale."])
 
 agrees_with_itself = quiz(
