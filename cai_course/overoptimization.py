@@ -274,7 +274,7 @@ def make_arena(
     members:int=5, # Reward models, each with comparisons of its own
     replies:int=20_000, # K
 )->Arena: # See there
-    """Replies with eight qualities, some counted, some yes or no. Of each, more is better at first, then too much.
+    """Replies with eight qualities, some counted, one yes or no. Of most, more is better at first, then too much.
 
     The reward models are linear. Close to where the policy begins that is nearly true, so their labels do not tell
     them otherwise.
@@ -442,7 +442,7 @@ class RewardEnsemble:
 def gold_value(
     prompts:Sequence[str], # Requests of the pocket world, B
     responses:Sequence[str], # Replies, B
-)->torch.Tensor: # What the oracle thinks of each, `(B,)`, about -2 to 1
+)->torch.Tensor: # What the oracle thinks of each, `(B,)`, -3.3 to 1
     "The gold reward of the text experiments: worth to a person without noise."
     reader = world.Labeler("truth")
     return torch.tensor([reader.value(p, r) for p, r in zip(prompts, responses)])

@@ -145,23 +145,27 @@ def validate_pairs(
 
     Raises `CourseError` naming row, column, the value found and what is needed.
     """
-    if identical not in ("error", "drop", "keep"):
-        raise CourseError(f'identical is {identical!r}; use "error", "drop" or "keep".')
+    _check_identical(identical)
     if hasattr(pairs, "to_dict") and hasattr(pairs, "columns"): pairs = pairs.to_dict("records")   # pandas
     if isinstance(pairs, (str, bytes, Mapping)) or not isinstance(pairs, Iterable):
         raise CourseError(f"{name} is {_short(pairs)}; it must be a list of rows with the columns "
                           f"{', '.join(COLUMNS)}. For a file use load_pairs(path).")
     rows = []
     for number, row in enumerate(pairs):
-        row = _check_row(row, f"{name}, row {number}")
-        if identical != "keep" and row["chosen"] == row["rejected"] and row["label"] != .5:
-            if identical == "drop": continue
-            raise CourseError(f"{name}, row {number}: chosen and rejected are the same text {_short(row['chosen'])}; "
-                              "no score can "
-                              'rank a text above itself. Use label 0.5, remove the row, or pass identical="drop".')
-        rows.append(row)
+        row = _check_row(row, where := f"{name}, row {number}")
+        if _kept(row, where, identical): rows.append(row)
     if not rows: raise CourseError(f"{name} is empty; at least one pair is needed.")
     return rows
+
+def _check_identical(identical):
+    if identical not in ("error", "drop", "keep"):
+        raise CourseError(f'identical is {identical!r}; use "error", "drop" or "keep".')
+
+def _kept(row, where, identical): # False for a row to drop; an error where the two texts are the same and may not be
+    if identical == "keep" or row["chosen"] != row["rejected"] or row["label"] == .5: return True
+    if identical == "drop": return False
+    raise CourseError(f"{where}: chosen and rejected are the same text {_short(row['chosen'])}; no score can rank a text "
+                      'above itself. Use label 0.5, remove the row, or pass identical="drop".')
 
 def _check_row(row, where):
     if not isinstance(row, Mapping):
@@ -320,6 +324,7 @@ def load_pairs(
 
     Raises `CourseError` naming file, line and column for whatever is wrong.
     """
+    _check_identical(identical)
     path = Path(path)
     try: text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
@@ -335,12 +340,7 @@ def load_pairs(
             raise CourseError(f"{where}, column {error.colno}: not JSON ({error.msg}), found {_short(line, 60)}; "
                               "each line must be one complete object.") from None
         row = _check_row(row, where)
-        if row["chosen"] == row["rejected"] and row["label"] != .5:
-            if identical == "drop": continue
-            raise CourseError(f"{where}: chosen and rejected are the same text {_short(row['chosen'])}; use label "
-                              "0.5, remove the line, "
-                              'or pass identical="drop".')
-        rows.append(row)
+        if _kept(row, where, identical): rows.append(row)
     if not rows: raise CourseError(f"{path}: holds no pairs; at least one line is needed.")
     return rows
 
@@ -349,8 +349,10 @@ def to_dataset(
     pairs, # Preference data
 ): # `datasets.Dataset` with the columns of the rows
     "Checked pairs as a `datasets.Dataset`."
+    return _dataset(validate_pairs(pairs))
+
+def _dataset(rows): # a column for every key that some row has
     from datasets import Dataset
-    rows = validate_pairs(pairs)
     columns = list(dict.fromkeys(k for r in rows for k in r))
     return Dataset.from_dict({c: [r.get(c) for r in rows] for c in columns})
 
@@ -365,9 +367,7 @@ def to_trl(
         def turn(role, text): return [dict(role=role, content=text)]
         rows = [r | dict(prompt=turn("user", r["prompt"]), chosen=turn("assistant", r["chosen"]),
                          rejected=turn("assistant", r["rejected"])) for r in rows]
-    from datasets import Dataset
-    columns = list(dict.fromkeys(k for r in rows for k in r))
-    return Dataset.from_dict({c: [r.get(c) for r in rows] for c in columns})
+    return _dataset(rows)
 
 def from_trl(
     rows, # Dataset or list of dicts in any of TRL's preference formats: strings or messages, with or without `prompt`

@@ -56,7 +56,8 @@ def shape_rewards(
     Raises `CourseError` for shapes that differ, a reply without tokens, a negative `beta` or penalty, or numbers that
     are not finite.
     Source: Stiennon et al. (2020), section 3.4; Ouyang et al. (2022), equation 2 (without the pretraining term);
-    the penalty: Huang et al. (2024), "The N implementation details of RLHF with PPO".
+    the penalty: after Huang et al. (2023), "The N implementation details of RLHF with PPO", where such a reply's score
+    is replaced by -1; here it is lowered.
     """
     for name, x in (("beta", beta), ("missing_eos_penalty", missing_eos_penalty)):
         if not (x >= 0 and math.isfinite(x)):
@@ -182,7 +183,7 @@ class FixedKL:
 class AdaptiveKL:
     """A price of drift that rises while the policy is too far away and falls while it is too close.
 
-    Source: Ziegler et al. (2019), section 2.2; numbers as in Huang et al. (2024).
+    Source: Ziegler et al. (2019), section 2.2; numbers as in Huang et al. (2023).
     """
     beta:float # Where to begin, reward per nat, > 0
     target:float=6. # Wanted divergence of a whole reply, nats, > 0
@@ -419,7 +420,7 @@ START = Experiment(
     uses=("world",), models=("pocket-t5",),
     claim="Before the first step KL and log-ratio are 0 up to rounding; dropout shows in the ratio and a wrong reference in "
           "the KL, each by more than 0.1 nats.",
-    source="after the first log line of Lab 3 (objective/kl 29.3); Huang et al. (2024)")
+    source="after the first log line of Lab 3 (objective/kl 29.3); Huang et al. (2023)")
 
 
 def measure_price(

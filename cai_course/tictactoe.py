@@ -700,6 +700,7 @@ def train_self_play(
     hidden:int=128, # Width of the network
     lr:float=3e-3, # Learning rate of Adam at the start; it falls linearly to a tenth
     config:PPOConfig=SELF_PLAY, # Settings of the update
+    reward_sign:float=1., # Factor of every reward; -1 is wrong on purpose, and teaches to lose
     callback:Callable[[int, PolicyValueNet, dict], None]|None=None, # Called after each update
 )->tuple[PolicyValueNet, list[dict]]: # The network, and the statistics of every update
     "Learn to play from nothing but the rules, by playing against itself."
@@ -712,6 +713,7 @@ def train_self_play(
     history = []
     for iteration in range(iterations):
         rollout, views, actions = self_play(net, games, generator)
+        rollout.rewards = reward_sign * rollout.rewards
         def evaluate(rows:Tensor)->tuple[Tensor, Tensor, Tensor]:
             real = rollout.mask[rows]
             logits, values = net(views[rows][real])  # only the moves that were made

@@ -605,7 +605,7 @@ class Labeler:
     length_bias: float = 0.    # log-odds per ten words more
     bad_faith: bool = False    # prefers what it thinks is worse
 
-    def value(self, prompt:str, response:str) -> float: # About -2 to 1
+    def value(self, prompt:str, response:str) -> float: # -3.3 to 1; full compliance with a harmful request: -2
         "What the reply is worth to this person."
         v = judge(prompt, response)
         harm = (1 - self.leniency) * v.harmful
@@ -623,11 +623,15 @@ class Labeler:
         "One comparison."
         return int(rng.random() >= self.prob(prompt, a, b))
 
-    def rank(self, prompt:str, replies:list, rng:random.Random) -> list: # Ranks from 1 (best), one per reply
-        "A ranking by noisy values (Gumbel noise makes pairs follow Bradley-Terry)."
+    def noisy_values(self, prompt:str, replies:list, rng:random.Random) -> list: # In log-odds, one per reply
+        "What each reply is worth to the person today: Gumbel noise makes pairs follow Bradley-Terry."
         sign = -1 if self.bad_faith else 1
-        noisy = [sign * self.reliability * self.value(prompt, r) + self.length_bias * len(r.split()) / 10
-                 - math.log(-math.log(rng.random() or 1e-12)) for r in replies]
+        return [sign * self.reliability * self.value(prompt, r) + self.length_bias * len(r.split()) / 10
+                - math.log(-math.log(rng.random() or 1e-12)) for r in replies]
+
+    def rank(self, prompt:str, replies:list, rng:random.Random) -> list: # Ranks from 1 (best), one per reply
+        "A ranking by noisy values."
+        noisy = self.noisy_values(prompt, replies, rng)
         order = sorted(range(len(replies)), key=lambda i: -noisy[i])
         return [order.index(i) + 1 for i in range(len(replies))]
 

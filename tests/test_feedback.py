@@ -12,7 +12,7 @@ from cai_course.errors import CourseError
 from cai_course import world
 from cai_course.feedback import (AnswerForm, LabelDesk, accuracy_from_agreement, cohen_kappa, collect_rankings,
                                  consensus_right, dawid_skene, fleiss_kappa, gold_report, instruct, kendall_w,
-                                 label_agreement, majority, mean_agreement, noisy_values, outlier_labelers,
+                                 label_agreement, majority, mean_agreement, outlier_labelers,
                                  outlier_study, pairwise_agreement, rankings_to_votes, single_labels, truth_gap,
                                  truth_pairs, vague_crowd, vote_table, written_sets)
 
@@ -245,15 +245,6 @@ def test_world_labelers_fit():
 
 # ---- forms: rankings, ties, thumbs
 
-@pytest.mark.parametrize("person", world.labelers(), ids=lambda p: p.name)
-def test_noisy_values_are_those_that_the_person_ranks_by(person):
-    prompts, sets = written_sets(6, seed=1)
-    for prompt, texts in zip(prompts, sets):
-        ours = noisy_values(person, prompt, texts, random.Random(3))
-        theirs = person.rank(prompt, texts, random.Random(3))
-        assert [sorted(ours, reverse=True).index(v) + 1 for v in ours] == theirs
-
-
 def test_forms():
     prompts, sets = written_sets(20, seed=2)
     for person in world.labelers():
@@ -274,12 +265,11 @@ def test_forms():
 
 def test_ties_do_not_chain():
     "Three values, each within the width of the next but the last not of the first: two ranks, not one."
-    class Fixed:
-        name, bad_faith, reliability, length_bias = "F", False, 1., 0.
+    class Fixed(world.Labeler):
         def value(self, prompt, text): return float(text)
     class NoNoise(random.Random):
         def random(self): return math.exp(-1)                            # -log(-log(x)) = 0
-    form = AnswerForm(Fixed(), width=1.)
+    form = AnswerForm(Fixed("F", reliability=1.), width=1.)
     assert form.rank("p", ["0", "0.8", "1.6"], NoNoise()) == [3, 1, 1]
     assert form.rank("p", ["5", "0", "4.5", "-9"], NoNoise()) == [1, 3, 1, 4]
 

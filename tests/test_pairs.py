@@ -93,6 +93,15 @@ def test_identical_texts():
     with pytest.raises(CourseError, match="empty"): validate_pairs([same], identical="drop")
 
 
+def test_identical_texts_in_a_file(tmp_path):
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("\n".join(json.dumps(r) for r in (ROW, ROW | dict(rejected="a"))))
+    assert [len(load_pairs(path, how)) for how in ("drop", "keep")] == [1, 2]
+    with pytest.raises(CourseError, match="line 2: chosen and rejected are the same text"): load_pairs(path)
+    for read in (validate_pairs, load_pairs):
+        with pytest.raises(CourseError, match="identical is 'dorp'"): read(path, identical="dorp")
+
+
 def test_tables_are_accepted():
     import pandas as pd
     rows = [ROW | dict(label=.7, source="x"), ROW | dict(label=.2)]

@@ -202,7 +202,7 @@ one_against_two = quiz(
      "Drop her: two against one is a majority",
      "Turn her ranking round, since it is plainly upside down",
      "Drop the prompt: labels that are disputed are useless"],
-    ["Right. On one prompt the three outcomes, misread scale, other taste and chance, look the same.",
+    ["On one prompt the three outcomes, misread scale, other taste and chance, look the same.",
      "By that rule somebody is dropped after every disputed prompt, and in the end the most ordinary one is left.",
      "It may be. If so, it will show on the next twenty prompts; if not, you have just invented a label.",
      "Disputed contests are information: the share of votes is a soft label, and a model that learns it is better "
@@ -214,7 +214,7 @@ no_confusion = quiz(
      "The labels are now 85 % accurate",
      "The old labels are worthless",
      "Nothing: agreement is chance"],
-    ["Right. A sheet that says 'longer is better' raises agreement as well.",
+    ["A sheet that says 'longer is better' raises agreement as well.",
      "Agreement and accuracy are different scales, and a shared error raises the first and lowers the second.",
      "Agreement of 0.70 is in the range of published studies; pooled, such labels train good reward models.",
      "Chance would give about one half on contests."])
@@ -225,7 +225,7 @@ what_a_gang_does = quiz(
      "Dawid and Skene, because it estimates skills",
      "Fleiss' kappa, because it corrects for chance",
      "The report on outliers, because it leaves the judged labeler out"],
-    ["Right: truth from outside. (A close look at who agrees with whom too perfectly helps as well.)",
+    ["Truth from outside. (A close look at who agrees with whom too perfectly helps as well.)",
      "It starts from the majority, and the three are the majority: it gives them the high skills.",
      "Copying raises agreement, and kappa with it.",
      "It leaves one of the three out; the other two and their error stay in the majority."])

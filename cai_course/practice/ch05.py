@@ -206,7 +206,7 @@ why_first = quiz(
      "The same as with sorted pairs: the labels are in the data somewhere",
      "Nothing: the loss cannot fall on such data",
      "The opposite of what the labelers wanted"],
-    ["Right. If the display order was random, that is nothing useful at all; check with a held-out accuracy.",
+    ["If the display order was random, that is nothing useful at all; check with a held-out accuracy.",
      "They are not: the pair has two texts and no label. The order was the label.",
      "It can: a model with enough memory learns any order by heart.",
      "Only if the worse reply was always shown first. As shown, the order is about a coin."])
@@ -217,7 +217,7 @@ leak_or_not = quiz(
      "20 % of the prompts are set aside, with all their pairs",
      "The prompts of the first four months train, those of the fifth month test",
      "20 % of the prompts are set aside; of the rest, each prompt keeps one random pair"],
-    ["Right. Other pairs of the same ranking, with the same replies, stand in the training set.",
+    ["Other pairs of the same ranking, with the same replies, stand in the training set.",
      "No pair of a test prompt is in training. (Near-copies of a prompt can still leak: compare normalized texts.)",
      "No leak, as long as no prompt comes back. And it asks the harder question: does it hold next month?",
      "No leak: it throws data away, but the test prompts are new."])
@@ -226,8 +226,8 @@ half_label = quiz(
     "Two of four labelers prefer reply a, two prefer reply b. Which row says so?",
     ["Both replies with label 0.5", "Two rows: a over b with label 1, b over a with label 1, each of double weight",
      "No row: they disagree", "a over b with label 1: a was named first"],
-    ["Right. In the loss it pulls the two scores together.",
-     "Without the double weight this would be the same in the loss, since the two halves add up. With it, a disputed "
-     "pair counts four times as much as one that all agree on.",
+    ["In the loss it pulls the two scores together.",
+     "With half the weight each, these two rows would say the same in the loss. With weight 1 a disputed pair would "
+     "count twice, and with double weight it counts four times as much as one that all agree on.",
      "A form of ties='drop', and sometimes a choice. But it forgets that the two are about equally good.",
      "The order of naming carries no information."])

@@ -206,7 +206,7 @@ add_five = quiz(
      "The loss falls, since chosen replies now score higher",
      "The probabilities move toward 1",
      "The ranking of the replies of one request"],
-    ["Right. The loss, the probabilities and the ranking use differences. That is also why two reward models cannot be "
+    ["The loss, the probabilities and the ranking use differences. That is also why two reward models cannot be "
      "compared by their scores.",
      "The rejected replies score higher, too, by the same 5.",
      "They are sigma of a difference, and the difference is what it was.",
@@ -219,7 +219,7 @@ too_good = quiz(
      "The model understands people better than they do themselves",
      "The ceiling is an average, so a good model can be above it",
      "More training data would bring it to 0.9"],
-    ["Right. No honest predictor passes the ceiling by much more than chance. Look for a leak first.",
+    ["No honest predictor passes the ceiling by much more than chance. Look for a leak first.",
      "Against the *truth* it may beat its labelers. Against their noisy labels nobody can beat the ceiling.",
      "It is an average over the same pairs. A lucky sample explains a little, not this much.",
      "No amount of data predicts which way a coin falls."])
@@ -230,7 +230,7 @@ good_enough = quiz(
      "Their loss on the training pairs",
      "Which one gives higher scores",
      "Their accuracy on more pairs from the same source"],
-    ["Right. Optimization moves the replies to where the model was never tested, and an average hides the kind of "
+    ["Optimization moves the replies to where the model was never tested, and an average hides the kind of "
      "request on which it fails.",
      "That says how well they remember, and a bigger model remembers more.",
      "Scores have no zero and no unit that two models share.",

@@ -197,7 +197,7 @@ who_writes = quiz(
      "Its own reply to each prompt, which is compared with the policy's",
      "The first token of each reply, so that both start alike",
      "The replies; the policy only scores them"],
-    ["Right. Both models give a log-probability to the same sampled tokens, and the difference is the price of drift.",
+    ["Both models give a log-probability to the same sampled tokens, and the difference is the price of drift.",
      "Two different texts have no token-by-token ratio. What is compared is how likely each model finds one and the same text.",
      "The start token is fixed and carries no choice. Every token of the reply is the policy's own.",
      "Then the policy would learn from actions that it did not take, and its ratio at the start would not be 1."])
@@ -209,7 +209,7 @@ hot_start = quiz(
      "Dropout is on while scoring",
      "The KL of a fresh policy is naturally that large"],
     ["No step was taken yet, so the learning rate has not touched anything.",
-     "Right. The policy agrees with itself, so the bug is on the other side: the reference is another model than the one that "
+     "The policy agrees with itself, so the bug is on the other side: the reference is another model than the one that "
      "training starts from.",
      "Dropout would make the policy disagree with itself: the ratio would not be 1.",
      "A fresh adapter changes nothing, so the distance to the right reference is 0 by construction."], correct=1)
@@ -219,7 +219,7 @@ what_lora_saves = quiz(
     ["Half of the memory for weights", "The optimizer's memory for the frozen weights, but no copy of the weights",
      "Nothing at all", "The memory for activations"],
     ["That saving comes from switching the adapter off instead of copying; with the copy it is gone.",
-     "Right. Adam keeps two numbers for each trainable parameter, so few trainable ones are cheap. The second set of weights is "
+     "Adam keeps two numbers for each trainable parameter, so few trainable ones are cheap. The second set of weights is "
      "there all the same.",
      "Adam's state and the gradients exist for the adapter only, and that is a large part.",
      "Activations must be kept as before: the gradient still runs through all the frozen layers down to the lowest adapter."],

@@ -189,7 +189,7 @@ no_gold = quiz(
      "Nothing: a rising reward means that RLHF works as intended",
      "Stop when the reward stops rising",
      "Evaluate on held-out prompts with the same reward model"],
-    ["Right. The proxy cannot report its own failure. Eyes, a distance and an independent measure can.",
+    ["The proxy cannot report its own failure. Eyes, a distance and an independent measure can.",
      "The proxy rises in a healthy run and in a hacked one.",
      "It may rise for as long as you let it, and gold will have turned long before.",
      "New prompts, same judge: it is fooled there, too."])
@@ -201,7 +201,7 @@ price_or_stop = quiz(
      "The one with the high price, because it was careful",
      "The one that was stopped, because it wanted more",
      "That depends on the gold reward"],
-    ["Right. The optima for all prices form one curve. Real gradient steps may leave it, which is another matter.",
+    ["The optima for all prices form one curve. Real gradient steps may leave it, which is another matter.",
      "The price decides how far it goes, not where that curve runs.",
      "What it wanted in the end does not matter: it has not got there.",
      "Neither of the two sees gold."])
@@ -213,7 +213,7 @@ shared_blind_spot = quiz(
      "Very: five independent judges rarely err together",
      "Very, if the lowest of the five is high",
      "Not at all: ensembles never help"],
-    ["Right. Seeds make them differ in noise, not in what they have never seen.",
+    ["Seeds make them differ in noise, not in what they have never seen.",
      "They are not independent: they had the same teacher.",
      "The pessimist helps where members disagree. Here they do not.",
      "They help against errors that differ between members."])
