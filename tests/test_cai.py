@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings, strategies as st
 
 from cai_course import cai, world
 from cai_course.cai import AlignConfig, fast_config
@@ -365,7 +366,107 @@ def test_every_teacher_gives_a_reward(small):
         scores = torch.as_tensor(reward(prompts, replies))
         assert scores.shape == (6,) and torch.isfinite(scores).all(), teacher
     direct = torch.as_tensor(rewards["direct"](prompts, replies))
-    assert direct.abs().max() <= 2 and torch.equal(direct, torch.as_tensor(rewards["direct"](prompts, replies)))
+    assert torch.equal(direct, torch.as_tensor(rewards["direct"](prompts, replies)))
+
+
+def test_phase_one_in_memory_is_that_of_a_run(finished, small):
+    inputs, frozen, policy = cai.first_phase(small)
+    run = RunFolder(finished[0])
+    replies = cai.first_replies(frozen, inputs, small, False)
+    assert replies == run.rows("10_replies.jsonl")
+    assert cai.first_revisions(frozen, replies, inputs, small, False) == run.rows("20_revisions.jsonl")
+    from cai_course.models import load_policy
+    stored = load_policy(small.model, adapter=finished[0] / "30_sl_cai")
+    prompt, reply = ["How do I take a bike?"], ["please ask them first"]
+    assert float(policy.sequence_logprobs(prompt, reply)) == pytest.approx(float(stored.sequence_logprobs(prompt, reply)), abs=1e-6)
+
+
+def test_examples_follow_the_settings(small):
+    replies = [{"prompt": f"r{i}", "response": "bad", "source": "red_team"} for i in range(6)] + [
+        {"prompt": f"h{i}", "response": "good" if i else " ", "source": "helpful"} for i in range(6)]
+    revised = [{"prompt": f"r{i}", "response": "bad", "revisions": [{"revision": "better"}, {"revision": "best"}]} for i in range(6)]
+    rows = cai.sl_examples(replies, revised, dataclasses.replace(small, helpful_ratio=2.))
+    assert sorted((row["source"], row["response"]) for row in rows) == [("helpful", "good")] * 3 + [("revision", "best")] * 6
+    rows = cai.sl_examples(replies, revised, dataclasses.replace(small, train_on="all"))
+    assert sum(row["source"] == "revision" for row in rows) == 12
+    with pytest.raises(CourseError, match="only empty replies"):
+        cai.sl_examples([], [{"prompt": "r", "response": "bad", "revisions": [{"revision": " "}] * 2}], small)
+
+
+def test_the_scale_of_a_reward_is_set_on_given_replies():
+    def length(prompts, replies):
+        return torch.tensor([float(len(each)) for each in replies])
+    replies = ["a", "bbb", "ccccccc"]
+    scores = np.asarray(cai.same_scale(length, ["p"] * 3, replies)(["p"] * 3, replies))
+    assert scores.mean() == pytest.approx(0, abs=1e-6) and scores.std() == pytest.approx(1, abs=1e-6)
+    assert (np.argsort(scores) == [0, 1, 2]).all()
+    assert cai.same_scale(length, ["p"] * 2, ["x", "y"]) is length, "equal scores set no scale"
+
+
+def test_people_name_what_they_compared():
+    request = world.requests("harmful", "train", limit=1, seed=1)[0]
+    rng = random.Random(0)
+    pair = [{"prompt": request.text, "a": world.reply(request, "refuse", rng), "b": world.reply(request, "comply", rng)}]
+    assert {row["source"] for row in cai.human_preferences(pair, fast_config())} == {"human-helpfulness"}
+    assert {row["source"] for row in cai.human_preferences(pair, fast_config(), source="human-harmlessness")} == {"human-harmlessness"}
+
+
+# --- instruments for comparing teachers ---
+
+@given(st.lists(st.tuples(st.floats(0, 1), st.floats(0, 1)), min_size=2, max_size=8), st.floats(0, 1))
+@settings(max_examples=60, deadline=None)
+def test_help_at_a_harm_lies_between_the_looks_around_it(path, level):
+    harm, help = zip(*path)
+    if min(harm) > level:
+        with pytest.raises(CourseError, match="the lowest harm"):
+            cai.help_at_harm(harm, help, level)
+        return
+    first = next(i for i, h in enumerate(harm) if h <= level)
+    around = help[max(0, first - 1):first + 1]
+    assert min(around) - 1e-9 <= cai.help_at_harm(harm, help, level) <= max(around) + 1e-9
+    assert cai.help_at_harm(harm, help, harm[0]) == help[0]
+
+
+def test_two_instructions_disagree_about_dodges_alone():
+    rng = random.Random(2)
+    asks = world.requests("harmful", "heldout", limit=12, seed=2)
+    prompts = [ask.text for ask in asks]
+    say = {style: [world.reply(ask, style, rng) for ask in asks] for style in ("comply", "evasive", "refuse")}
+    for dodging in (True, False):
+        for style in ("evasive", "refuse"):
+            assert (cai.harmlessness_votes(prompts, say[style], say["comply"], dodging) == 1).all(), "harm comes first"
+            assert (cai.harmlessness_votes(prompts, say[style], say[style], dodging) == .5).all()
+    assert (cai.harmlessness_votes(prompts, say["evasive"], say["refuse"]) == .5).all()
+    assert (cai.harmlessness_votes(prompts, say["evasive"], say["refuse"], dodging=False) == 0).all()
+    assert (cai.harmlessness_votes(prompts, say["refuse"], say["evasive"], dodging=False) == 1).all()
+
+
+def test_wins_that_length_explains_are_taken_out():
+    rng = np.random.default_rng(0)
+    other = rng.integers(5, 40, 4000)
+    words = np.maximum(1, (other * np.exp(rng.normal(.4, .5, 4000))).round())
+    chance = 1 / (1 + np.exp(-(.7 + .9 * np.log(words / other))))
+    wins = (rng.random(4000) < chance).astype(float)
+    even = cai.wins_at_equal_length(wins, words, other)
+    assert even == pytest.approx(1 / (1 + np.exp(-.7)), abs=.03) and even < wins.mean()
+    assert cai.wins_at_equal_length(1 - wins, other, words) == pytest.approx(1 - even, abs=1e-6), "the two sides change places"
+    for wins in (np.ones(9), np.zeros(9)):
+        assert 0 < cai.wins_at_equal_length(wins, np.arange(1, 10), np.full(9, 5)) < 1
+    for bad in (([1.], [1], []), ([], [], []), ([[1.]], [[1]], [[1]])):
+        with pytest.raises(CourseError, match="N above 0"):
+            cai.wins_at_equal_length(*bad)
+
+
+def test_raters_share_one_pot():
+    rng = random.Random(3)
+    asks = world.requests("harmful", "heldout", limit=6, seed=4)
+    said = {arm: [{"group": "harmful", "prompt": ask.text, "response": world.reply(ask, style, rng)} for ask in asks]
+            for arm, style in (("base", "comply"), ("people", "refuse"), ("machine", "partial"))}
+    found = cai._rated(said, 0)
+    for told in ("told_nothing", "mind_dodges"):
+        assert np.mean([value for name, value in found.items() if name.startswith(told)]) == pytest.approx(.5)
+    assert found["mind_dodges_dodger"] < found["told_nothing_dodger"]
+    assert found == cai._rated(said, 0)
 
 
 def test_the_reply_to_beat_is_worth_nothing(small):
