@@ -817,7 +817,8 @@ MORE_DATA = Experiment(
     source="Bai et al. (2022a), appendix A.3")
 MORE_WIDTH = Experiment(
     name="reward-more-width", chapter="06", run=measure_scaling, value="per_width", predicts=">", threshold=0., seeds=5,
-    uses=("world",), claim="From width 8 to 32, a doubling of the width raises a reward model's held-out accuracy on average.",
+    uses=("world",),
+    claim="From width 8 to 32, a doubling of the width raises a reward model's held-out accuracy on average.",
     source="Bai et al. (2022a), appendix A.3")
 
 # %% ../nbs/06_reward_models.ipynb #1c49582e
