@@ -9,10 +9,11 @@ from hypothesis import given, settings, strategies as st
 
 from cai_course import cai, choosing, world
 from cai_course.choosing import (MATTERS, NARROW, SMALL, TONE, Prices, compare_constitutions, constitution_table, error_correlation,
-                                 harm_pairs, label_bill, labeling_days, labels_alone, leave_one_out, people_in_good_faith, validate_labels)
+                                 harm_pairs, label_bill, labeling_days, labels_alone, people_in_good_faith, validate_labels, without_each)
 from cai_course.constitution import Constitution, Principle, load_constitution
 from cai_course.errors import CourseError
 from cai_course.judge import compare
+from cai_course.paths import constitutions_dir
 
 
 # --- money and time ---
@@ -107,7 +108,7 @@ def test_error_correlation_needs_two_lists_of_one_length():
 @settings(max_examples=25, deadline=None)
 def test_leaving_out_is_the_mean_of_the_rest(size, matters, seed):
     alone = np.random.default_rng(seed).random((size, matters))
-    change = leave_one_out(alone)
+    change = without_each(alone)
     for k in range(size):
         rest = [alone[i] for i in range(size) if i != k]
         assert np.allclose(change[k], sum(rest) / len(rest) - alone.mean(0))
@@ -137,6 +138,17 @@ def test_labels_alone_is_a_table_of_principles_by_matters():
     assert table[0, MATTERS.index("manners")] > .7 and np.allclose(np.delete(table[0], MATTERS.index("manners")), .5, atol=.2)
     with pytest.raises(CourseError, match="at least one pair"):
         labels_alone(WordJudge(), rules, n=0)
+
+
+def test_one_principle_cannot_carry_the_claim_for_three(monkeypatch):
+    names = [rule.id for rule in load_constitution("course").comparison_principles]
+    table = np.full((len(names), len(MATTERS)), .5)
+    table[names.index("reasons"), MATTERS.index("reasons")] = 1.
+    monkeypatch.setattr(choosing, "labels_alone", lambda policy, constitution, seed: table)
+    found = choosing.measure_principles_alone(0)
+    assert found["gap"] == min(found["gaps"]) == 0. and sorted(found["gaps"]) == [0., 0., .5]
+    table[names.index("polite"), MATTERS.index("manners")] = .4
+    assert choosing.measure_principles_alone(0)["gap"] < 0
 
 
 def test_the_mean_over_principles_is_what_many_draws_give():
@@ -214,6 +226,16 @@ def test_a_bad_constitution_is_found_before_any_run(monkeypatch, tmp_path):
         compare_constitutions([])
 
 
+def test_an_edited_copy_of_the_same_name_is_refused_before_any_run(monkeypatch, tmp_path):
+    monkeypatch.setattr(cai, "align", lambda *a, **k: pytest.fail("a run began"))
+    copy = tmp_path / "course.yaml"
+    copy.write_text((constitutions_dir() / "course.yaml").read_text(encoding="utf-8"), encoding="utf-8")
+    with pytest.raises(CourseError, match="two constitutions are called 'course'"):
+        compare_constitutions(("course", str(copy)), folder=tmp_path)
+    with pytest.raises(CourseError, match="Rename one file"):
+        compare_constitutions(("terse", "course", "terse"))
+
+
 def test_each_constitution_gets_the_same_settings(monkeypatch, tmp_path):
     seen = []
     def align(config, folder, progress):
@@ -238,4 +260,6 @@ def test_a_tiny_comparison_runs_both_phases():
 def test_a_tiny_recipe_gives_the_same_replies_twice():
     made = [choosing.hybrid_recipe(seed=1, demonstrations=8, red_team=8, preferences=8, sample=4) for _ in range(2)]
     assert made[0].replies == made[1].replies and made[0].labels == made[1].labels
-    assert made[0].labels_shared.n <= 8 and len(made[0].replies) == 4
+    assert made[0].labels_shared.n <= 8 and len(made[0].replies) == 8 and {row["group"] for row in made[0].replies} == {"harmful", "benign"}
+    assert set(made[0].wins) == {"harmful", "benign"} and made[0].wins["benign"].n == 4
+    assert {row["source"] for row in made[0].help_labels} <= {"human-helpfulness"}

@@ -30,7 +30,7 @@ label_price = Exercise(
             "prices swapped": (lambda i, o, p, q: _price(i, o, q, p),
                                "Reading and writing have their own prices; here they are swapped."),
         },
-        praise="With the figures of Lee et al. (2023) this gives about 6 cents, an eleventh of a person's label."),
+        praise="With the figures of Lee et al. (2023) this gives about 6 cents, less than a tenth of a person's label."),
     hints=("Tokens read and tokens written, each times its own price.",
            "Divide by 1000, because prices are per thousand tokens, and double it for the second order."),
     solution="def label_price(tokens_in, tokens_out, input_1k, output_1k):\n"
