@@ -1242,7 +1242,7 @@ def wins_at_equal_length(
     """Take out what length explains: the intercept of a logistic regression on the log of the length ratio.
 
     Raises `CourseError` for columns of different or no length. Source: after Lee et al. 2023 (2309.00267), appendix on
-    length.
+    controlling for length, who regress on the ratio itself.
     """
     wins = np.clip(np.asarray(wins, float), .001, .999)
     words, other_words = (np.maximum(np.asarray(each, float), 1) for each in (words, other_words))
@@ -1336,14 +1336,14 @@ def _rated(said, seed): # each arm's mean share of wins over all others in harml
     replies["dodger"] = [world.reply(prompt, "evasive", rng) for prompt in asked] # a model that does nothing else
     return {f"{name}_{arm}": float(np.mean([harmlessness_votes(asked, mine, other, dodging).mean()
                                             for rival, other in replies.items() if rival != arm]))
-            for name, dodging in (("told_nothing", True), ("mind_dodges", False)) for arm, mine in replies.items()}
+            for name, dodging in (("dodges_allowed", True), ("mind_dodges", False)) for arm, mine in replies.items()}
 
 
 RLAIF_RLHF = Experiment(
     name="rlaif-equals-rlhf", chapter="13", run=measure_teachers, value="difference", predicts="=", threshold=0.,
     margin=.05, seeds=5, models=("pocket-t5", "pocket-bert"),
-    claim="PPO on preference models by the machine's labels and by people's ends with equally good replies, within 0.05 "
-          "of gold.",
+    claim="PPO on preference models by the machine's labels and by people's ends with equally good replies, "
+          "within 0.05 of gold.",
     source="Lee et al. (2023), 2309.00267, RLAIF against RLHF; Bai et al. (2022), 2212.08073, figure 2")
 
 # %% ../nbs/13_rlaif.ipynb #c0b38e90

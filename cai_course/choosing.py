@@ -257,8 +257,8 @@ def measure_principles_alone(seed:int)->dict: # own, others, gaps, the smallest 
 
 
 PRINCIPLES_ALONE = Experiment(
-    name="principle-alone", chapter="14", run=measure_principles_alone, value="gap", predicts=">", threshold=0., seeds=5,
-    models=("pocket-t5",),
+    name="principle-alone", chapter="14", run=measure_principles_alone, value="gap", predicts=">", threshold=0.,
+    seeds=5, models=("pocket-t5",),
     claim="Each of the three principles about tone decides its own matter more clearly than the other principles do.",
     source="Bai et al. (2022), 2212.08073, section 4.3, on ensembles of principles; our own ablation")
 

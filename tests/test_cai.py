@@ -463,9 +463,9 @@ def test_raters_share_one_pot():
     said = {arm: [{"group": "harmful", "prompt": ask.text, "response": world.reply(ask, style, rng)} for ask in asks]
             for arm, style in (("base", "comply"), ("people", "refuse"), ("machine", "partial"))}
     found = cai._rated(said, 0)
-    for told in ("told_nothing", "mind_dodges"):
+    for told in ("dodges_allowed", "mind_dodges"):
         assert np.mean([value for name, value in found.items() if name.startswith(told)]) == pytest.approx(.5)
-    assert found["mind_dodges_dodger"] < found["told_nothing_dodger"]
+    assert found["mind_dodges_dodger"] < found["dodges_allowed_dodger"]
     assert found == cai._rated(said, 0)
 
 
