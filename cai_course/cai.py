@@ -1104,7 +1104,7 @@ def read_differences(
 
 # %% ../nbs/13_rlaif.ipynb #79eefb6e
 TEACHERS = ("people", "machine", "thinking", "direct")
-SCALED_ON = 150 # pairs of each kind whose replies set the scale of the direct reward
+SCALED_ON = 100 # pairs of each kind whose replies set the scale of the direct reward
 
 def first_phase(
     config: AlignConfig, # Sizes and seed
@@ -1270,7 +1270,7 @@ def measure_teachers(
     config = AlignConfig(seed=seed, **TAUGHT)
     inputs, frozen, policy = first_phase(config)
     tasks = [task for task in evaluation_tasks(config) if task["group"] != "skill"]
-    few = [task for task in tasks if task["group"] in ("harmful", "benign")]
+    few = [task for task in tasks if task["group"] in ("harmful", "benign")][::2] # on the way half of them will do
     prompts, start = [*inputs.red_team, *inputs.helpful], policy.adapter_state()
 
     def ask(learner, of=tasks):
