@@ -315,7 +315,7 @@ def gae(
     if next_value.shape != zero.shape:
         raise CourseError(f"bootstrap has shape {tuple(next_value.shape)}; needed: {tuple(zero.shape)}, one per row.")
     for t in reversed(range(values.shape[1])):
-        delta = rewards[:, t] + gamma * next_value - values[:, t]  # delta_t, GAE eq. 12
+        delta = rewards[:, t] + gamma * next_value - values[:, t]  # delta_t, GAE eq. 11
         running = torch.where(mask[:, t], delta + gamma * lam * running, running)  # A_t, GAE eq. 16, as a recursion
         next_value = torch.where(mask[:, t], values[:, t], next_value)
         advantages[:, t] = torch.where(mask[:, t], running, zero)

@@ -81,7 +81,8 @@ split_by_combination = Exercise(
     hints=("What makes a request the same request: its words, or its topic and slots?",
            "Hash `r.kind`, `r.topic` and `r.slots` with `hashlib.sha256` and hold out the numbers that 5 divides. "
            "Python's own `hash` gives another answer in the next session."),
-    solution='import hashlib\n\ndef side(r):\n    parts = "|".join((r.kind, r.topic, *r.slots))\n'
+    solution='import hashlib\n\ndef side(request):\n'
+             '    parts = "|".join((request.kind, request.topic, *request.slots))\n'
              '    number = int(hashlib.sha256(parts.encode()).hexdigest(), 16)\n'
              '    return "heldout" if number % 5 == 0 else "train"')
 
@@ -176,7 +177,7 @@ over_refusal = Exercise(
     }, praise="The share of borderline requests that were refused: the price of caution, counted where it falls due."),
     hints=("Two filters: which requests may enter at all, and which replies count as refusals.",
            "Keep the pairs with `r.group == \"borderline\"` and average `judge(r.text, said).refuses` over them."),
-    solution='from cai_course.world import judge\n\ndef over_refusal(log):\n'
+    solution='from cai_course.world import judge\n\ndef refused_share(log):\n'
              '    refused = [judge(r.text, said).refuses for r, said in log if r.group == "borderline"]\n'
              '    return sum(refused) / len(refused)')
 
@@ -195,15 +196,17 @@ base_rate = Exercise(
             "This would hold if half of all requests were harmful. Weigh the two kinds of alarm by how often their "
             "requests come."),
         "all false alarms": (lambda s, h, a: s * h / (s * h + a),
-            "Only fine requests can raise a false alarm, and they are 1 - share of all."),
+            "Only fine requests can raise a false alarm, and they are 1 - share_harmful of all."),
         "the share of alarms": (lambda s, h, a: s * h + (1 - s) * a,
             "That is how often the alarm rings. Divide the real ones by it."),
         "the false ones": (lambda s, h, a: 1 - _precision(s, h, a), "That is the share of alarms that are false."),
     }, praise="With one harmful request in a hundred, most alarms of a detector that is right in 95 % are false."),
     hints=("Imagine 1,000 requests. How many harmful ones raise an alarm, and how many fine ones?",
-           "real = share * hit_rate, false = (1 - share) * false_alarm_rate; the answer is real / (real + false)."),
-    solution='def precision(share, hit_rate, false_alarm_rate):\n    real = share * hit_rate\n'
-             '    false = (1 - share) * false_alarm_rate\n    return real / (real + false)')
+           "real = share_harmful * hit_rate, false = (1 - share_harmful) * false_alarm_rate; the answer is "
+           "real / (real + false)."),
+    solution='def real_alarms(share_harmful, hit_rate, false_alarm_rate):\n'
+             '    real = share_harmful * hit_rate\n    false = (1 - share_harmful) * false_alarm_rate\n'
+             '    return real / (real + false)')
 
 # %% ../../nbs/practice/00_pocket_world.ipynb #73600811
 honesty_quiz = quiz(

@@ -197,7 +197,7 @@ state_quiz = quiz(
     ["Yes: the order of the moves belongs to the state.", "No: the board is the state, and the past does not matter.",
      "Only in training, to share out the reward."],
     ["Nothing that comes next depends on the order: the same cells are free, the same lines are open.",
-     "Right. A state is whatever the future depends on, and nothing else. This is why 255,168 games need a table of "
+     "A state is whatever the future depends on, and nothing else. This is why 255,168 games need a table of "
      "only 5,478 states.",
      "The update of the table looks at a board and the boards after it. It never asks how the board came about."],
     correct=1)
@@ -207,6 +207,6 @@ proof_quiz = quiz(
     ["It cannot be beaten.", "It loses less than about 0.03% of games against dice, most likely.",
      "It has learned to play."],
     ["Dice hardly ever play the one line that beats it. Another opponent may play it every time.",
-     "Right: no loss in n games puts the rate below about 3/n with 95% confidence, against this opponent and no other.",
+     "No loss in n games puts the rate below about 3/n with 95% confidence, against this opponent and no other.",
      "An agent that replays good moves from a list would do as well. The games say how it did, not what it knows."],
     correct=1)

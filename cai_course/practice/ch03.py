@@ -227,7 +227,7 @@ far_ratio_quiz = quiz(
     "A token has the advantage -1 and its ratio has risen to 1.5. The clip is 0.2. What does the next step do to it?",
     ["It is pushed down, harder than at ratio 1.", "Nothing: the ratio is outside the interval.",
      "It is pushed down until the ratio is 1.2 and then left alone.", "It is pushed up, because the ratio is above 1."],
-    ["Right. The minimum picks ratio times advantage, whose gradient grows with the ratio. A step in the wrong "
+    ["The minimum picks ratio times advantage, whose gradient grows with the ratio. A step in the wrong "
      "direction is never forgiven.",
      "Outside is not enough. The clip lets go only of actions that moved as their advantage asked; this one moved "
      "against it.",
@@ -238,7 +238,7 @@ first_ratio_quiz = quiz(
     "The log says first_log_ratio = 0.6 in the very first update. Whom do you suspect first?",
     ["Dropout that is on while the responses are scored.", "A learning rate that is too high.",
      "A critic that has learned nothing.", "A clip that is too narrow."],
-    ["Right, or another temperature, or a shift by one position: the scoring policy is not the one that was recorded.",
+    ["Or another temperature, or a shift by one position: the scoring policy is not the one that was recorded.",
      "No step has been taken yet, so the learning rate had no chance to do anything.",
      "The ratio is made of the policy's log-probabilities alone. The critic has no part in it.",
      "The clip changes the loss, not the ratio."])
@@ -248,7 +248,7 @@ kl_loss_quiz = quiz(
     "What is its gradient on average?",
     ["Zero: it pulls nowhere.", "The gradient of the KL to the reference.", 
      "The gradient of the KL in the other direction.", "It pulls away from the reference."],
-    ["Right. Over the policy's own samples the gradient of log policy has mean 0. As part of the reward k1 works.",
+    ["Over the policy's own samples the gradient of log policy has mean 0. As part of the reward k1 works.",
      "k2 would do that, or k1 inside the reward.",
      "That is what k3 does as a loss.",
      "It pulls in no direction at all on average; single batches only add noise."])
