@@ -119,6 +119,14 @@ def test_a_mixed_cell_is_found(copy):
     assert found.startswith("nbs/tools/errors.ipynb, cell ")
 
 
+def test_an_import_inside_a_function_makes_a_mixed_cell_too(copy):
+    edit(copy / "nbs" / "tools" / "errors.ipynb", lambda book: book["cells"].append(
+        {"cell_type": "code", "metadata": {}, "outputs": [], "execution_count": None, "id": "late",
+         "source": "limit = above\ndef late():\n    import os\n    return os"}))
+    (found,) = check_notebooks.mixed_imports(copy)
+    assert found.startswith("nbs/tools/errors.ipynb, cell ")
+
+
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
 def test_a_notebook_opens_with_title_and_promise_and_is_small(path):
     book = json.loads(path.read_text(encoding="utf-8"))

@@ -129,6 +129,14 @@ def shown_wrongly(cells: list, number: str, name: str, title: str) -> list: # Wh
 
 
 @pytest.mark.parametrize("number,name", every_exercise())
+def test_the_solution_can_be_pasted_over_the_blank(number, name):
+    "What the chapter grades is what the solution defines, under the same name."
+    (answer,) = [dotted(node.args[0]) for body, _, _ in code_cells(CHAPTERS[number]) for part in body for node in ast.walk(part)
+                 if isinstance(node, ast.Call) and dotted(node.func) == f"ch{number}.{name}.grade"]
+    assert defines(ast.parse(things(number, Exercise)[name].solution).body, answer), f"the solution does not define {answer}"
+
+
+@pytest.mark.parametrize("number,name", every_exercise())
 def test_the_chapter_shows_card_blank_and_grade(number, name):
     title = things(number, Exercise)[name].title
     assert shown_wrongly(code_cells(CHAPTERS[number]), number, name, title) == []

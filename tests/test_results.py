@@ -2,11 +2,13 @@
 import importlib
 import json
 import math
+import re
 
 import pytest
 
 from cai_course.experiments import EXPERIMENTS, experiment_names, find_experiment, judge_rows, load_result
 from cai_course.paths import data_dir
+from conftest import ROOT
 
 NAMES = sorted(experiment_names())
 
@@ -30,6 +32,24 @@ def test_the_stored_verdict_follows_from_the_stored_rows(name):
     wide = max(found.high - found.low, 1e-9) if math.isfinite(found.high - found.low) else 1e-9
     for end in ("value", "low", "high"):  # random numbers may differ between versions of NumPy
         assert getattr(result.estimate, end) == pytest.approx(getattr(found, end), abs=.05 * wide)
+
+
+def shown_cards() -> list:
+    """[(chapter, name of the experiment, the card as it is stored)]"""
+    found = []
+    for path in sorted((ROOT / "nbs").glob("[0-9][0-9]_*.ipynb")):
+        for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
+            for output in cell.get("outputs", []):
+                card = "".join(output.get("data", {}).get("text/plain", ""))
+                name = re.match(r"Experiment ([a-z0-9-]+)\n  claim ", card)
+                if name: found.append((path.stem, name[1], card))
+    return found
+
+
+@pytest.mark.parametrize("chapter, name, card", [pytest.param(*each, id=f"{each[0][:2]}-{each[1]}") for each in shown_cards()])
+def test_a_chapter_shows_the_card_of_what_is_stored(chapter, name, card):
+    if name in NAMES:  # chapters also make experiments of their own, for the page
+        assert card == repr(load_result(name)), f"run {chapter} again"
 
 
 def test_every_stored_file_belongs_to_an_experiment():

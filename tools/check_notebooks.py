@@ -114,16 +114,18 @@ def _text(output: dict) -> str:
 
 
 def mixed_imports(root: Path) -> list[str]: # One line per cell that holds imports and other code
-    """Find cells that mix imports with code. Building the docs runs every cell that imports, and only those: the code in it
-    runs without the cells above it, and fails."""
+    """Find cells that mix imports with code. Building the docs runs every cell that imports, be it inside a function, and
+    every exported one, but no other: the code beside an import runs without the cells above it, and fails."""
     lines = []
     for path in notebooks(root):
         for number, cell in enumerate(json.loads(path.read_text(encoding="utf-8"))["cells"]):
             source = re.sub(r"^(\s*)[%!].*$", r"\1pass", "".join(cell["source"]), flags=re.M)  # magics are not Python
             if cell["cell_type"] != "code" or re.search(r"^#\|\s*eval:\s*false", source, re.M):
                 continue
-            kinds = {isinstance(node, (ast.Import, ast.ImportFrom)) for node in ast.parse(source).body}
-            if len(kinds) == 2:
+            body, imports = ast.parse(source).body, (ast.Import, ast.ImportFrom)
+            alone = all(isinstance(node, imports) for node in body)
+            seen = body if re.search(r"^#\|\s*export", source, re.M) else [node for top in body for node in ast.walk(top)]
+            if not alone and any(isinstance(node, imports) for node in seen):
                 lines.append(f"{path.relative_to(root)}, cell {number}: imports and other code in one cell: give the imports their own")
     return lines
 
