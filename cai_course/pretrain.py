@@ -223,10 +223,10 @@ def batches(sizes:list, budget:int, rng:random.Random, jitter:float = 0.) -> lis
 @dataclass(frozen=True)
 class PretrainConfig:
     "What makes a pocket model; the shipped ones use the defaults."
-    pools: int = 76          # pools of lessons, at least 1
+    pools: int = 180         # pools of lessons, at least 1
     pool_size: int = 4_096   # lessons in a pool
     budget: int = 4_000      # padded tokens in a batch of long lessons
-    lr: float = 1.2e-3       # peak learning rate
+    lr: float = 2.5e-3       # peak learning rate
     warmup: int = 300        # steps of linear warm-up
     seed: int = 0            # seed of the weights and lessons
     save_every: int = 4      # pools between two saved states

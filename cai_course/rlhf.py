@@ -427,11 +427,11 @@ def measure_price(
     seed:int, # Of training talks, judge, adapter and replies
 )->dict: # proxy, gold, rude, faithful and kl with and without a price of drift; gap
     "The hasty run twice, with and without a price of drift, each measured on 100 held-out talks."
-    from cai_course.evaluation import summary_judge, talk_scores
+    from cai_course.evaluation import summary_reward_model, talk_scores
     from cai_course.models import load_policy
     talks, row = world.dialogues("train", 400, seed=seed, rude=True), {}
     asked = [t.prompt for t in world.dialogues("heldout", 100, seed=seed, rude=True)]
-    judge = summary_judge(talks, seed)
+    judge = summary_reward_model(talks, seed)
     for name, beta in (("with", HASTY.beta), ("without", 0.)):
         policy = load_policy("pocket-t5").start_adapter(r=16, seed=seed)
         rows = train_rlhf(policy, judge, [t.prompt for t in talks], replace(HASTY, beta=beta, final_rollout=False),
