@@ -762,8 +762,12 @@ class Policy:
                     results[i] = row
         return results
 
-    def _encoder_is_fixed(self) -> bool: # Does no adapter change what an encoder says?
-        return self.kind == "seq2seq" and not any(isinstance(m, LoraLayer) for m in self.model.get_encoder().modules())
+    def _encoder_is_fixed(self) -> bool: # Will an encoder say the same after the next step?
+        if self.kind != "seq2seq":
+            return False
+        encoder = self.model.get_encoder()
+        return not (any(isinstance(m, LoraLayer) for m in encoder.modules())
+                    or any(p.requires_grad for p in encoder.parameters()))
 
     def _known_states(self, samples): # what this policy's encoder says of a rollout's prompts, if it is known
         fits = samples.states is not None and samples.states[0] is self.model.get_encoder() and self._encoder_is_fixed()

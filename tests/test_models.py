@@ -478,6 +478,14 @@ def test_states_of_another_encoder_are_not_used(folder):
     assert policy._known_states(s) is None and policy.sample(PROMPTS, 8, seed=1).states is None
 
 
+def test_an_encoder_that_learns_as_a_whole_gets_its_gradient(folder):
+    policy = load_policy(folder("t5"))
+    policy.model.requires_grad_(True)
+    samples = policy.sample(PROMPTS, 8, seed=1)
+    policy.evaluate(samples, [0, 1])[0].sum().backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in policy.model.get_encoder().parameters())
+
+
 def test_the_narrow_product_is_a_product():
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(700, 200, generator=generator)
