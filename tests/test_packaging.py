@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.request
 import zipfile
 from pathlib import Path
@@ -200,7 +201,12 @@ def test_lab_opens_on_the_first_page(tmp_path):
                 time.sleep(0.25)
             assert base, text
             server_url = base.split("/lab/")[0]
-            page = urllib.request.urlopen(f"{base}?token=secret", timeout=20).read().decode()
+            for _ in range(40):  # the address is printed a moment before the door opens
+                try:
+                    page = urllib.request.urlopen(f"{base}?token=secret", timeout=20).read().decode()
+                    break
+                except urllib.error.URLError:
+                    time.sleep(0.25)
             assert "jupyter-config-data" in page
             found = urllib.request.urlopen(f"{server_url}/api/contents/nbs/index.ipynb?content=0&token=secret", timeout=20).read().decode()
             assert '"path": "nbs/index.ipynb"' in found
