@@ -207,6 +207,8 @@ def test_lab_opens_on_the_first_page(tmp_path):
                     break
                 except urllib.error.URLError:
                     time.sleep(0.25)
+            else:
+                pytest.fail(f"nothing answers at {server_url}\n" + (tmp_path / "log").read_text())
             assert "jupyter-config-data" in page
             found = urllib.request.urlopen(f"{server_url}/api/contents/nbs/index.ipynb?content=0&token=secret", timeout=20).read().decode()
             assert '"path": "nbs/index.ipynb"' in found

@@ -17,7 +17,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast, T
 from cai_course import rlhf
 from cai_course.errors import CourseError
 from cai_course.fused import fuse_t5
-from cai_course.models import Policy, Samples, load_policy
+from cai_course.models import Policy, Samples, base_weight, load_policy, stacked_weight
 from cai_course.ppo import PPOConfig, Rollout, policy_loss, ppo_loss, ppo_update
 from cai_course.rl import gae, whiten
 from cai_course.rlhf import (TEXT_PPO, AdaptiveKL, FixedKL, RLHFConfig, check_start, kl_per_token, lora_size, shape_rewards,
@@ -498,6 +498,26 @@ def test_the_fused_pass_is_the_ordinary_one(trl):
             policy.value_head.zero_grad()
         assert texts[0] == texts[1]
         for ours, theirs in zip(*seen, strict=True): close(theirs, ours, tolerance=5e-5)  # the folded adapters make a very sharp model
+
+
+def test_fused_weights_are_read_together_without_a_copy(trl):
+    policy = fuse_t5(as_policy(trl))
+    own = policy.model.encoder.block[0].layer[0].SelfAttention
+    joint = stacked_weight(own.q, own.k, own.v)
+    assert joint.data_ptr() == base_weight(own.q).data_ptr()
+    assert torch.equal(joint, torch.cat([base_weight(x) for x in (own.q, own.k, own.v)]))
+    base_weight(own.k).data = base_weight(own.k) * 2  # elsewhere in memory now
+    assert torch.equal(stacked_weight(own.q, own.k, own.v), torch.cat([base_weight(x) for x in (own.q, own.k, own.v)]))
+
+
+def test_a_fused_model_that_learns_as_a_whole_goes_the_ordinary_way(trl):
+    grads = []
+    for policy in (as_policy(trl), fuse_t5(as_policy(trl))):
+        policy.model.requires_grad_(True)
+        policy.evaluate(as_samples(trl), [0, 1])[0].sum().backward()
+        grads.append([p.grad for p in policy.model.parameters() if p.grad is not None])
+    assert len(grads[0]) == len(grads[1]) > 20
+    for ours, theirs in zip(*grads): close(theirs, ours)
 
 
 def test_the_fused_pass_leaves_what_it_does_not_know(trl, folders):
