@@ -59,6 +59,7 @@ setup(
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
     ],
     packages=find_packages(include=[config["lib_path"], config["lib_path"] + ".*"]),
+    package_data={config["lib_path"]: ["py.typed"]},
     include_package_data=False,
     python_requires=">=" + config["min_python"],
     install_requires=shlex.split(config["requirements"]),

@@ -14,6 +14,7 @@ import html
 import json
 import re
 import unicodedata
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from numbers import Integral
 from pathlib import Path
@@ -79,9 +80,9 @@ class Constitution:
     name:str # Short name
     version:str # Version, as text: "1", "0.3", "2024-05"
     description:str # One or two sentences for a human reader; no model sees them
-    principles:tuple # Of `Principle`, in order; the order matters, because draws are by index
-    critique_examples:tuple=() # Of `CritiqueExample`
-    comparison_examples:tuple=() # Of `ComparisonExample`
+    principles:Sequence # Of `Principle`, in order; the order matters, because draws are by index
+    critique_examples:Sequence=() # Of `CritiqueExample`
+    comparison_examples:Sequence=() # Of `ComparisonExample`
 
     def __post_init__(self):
         for f in ("principles", "critique_examples", "comparison_examples"):

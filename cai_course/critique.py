@@ -482,7 +482,7 @@ def sl_dataset(
     revisions, # (N,) what `critique_and_revise` returned, or one text per prompt
     helpful_prompts=(), # (M,) ordinary prompts
     helpful_responses=(), # (M,) helpful replies: a text each, or a list of samples each
-    ratio:float=PAPER_RATIO, # Red-team prompts per helpful prompt; None: use everything
+    ratio:float|None=PAPER_RATIO, # Red-team prompts per helpful prompt; None: use everything
     steps:str="final", # "final": the last revision of each prompt; "all": every revision
     seed:int=0, # Decides which rows are left out to reach the ratio, and the order
 )->list: # Of dicts `prompt`, `response`, `source` ("revision" or "helpful"), shuffled

@@ -14,6 +14,7 @@ import json
 import os
 import re
 import types
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Callable
@@ -246,7 +247,7 @@ class Exercise:
     difficulty: str # "easy", "medium" or "hard"
     minutes: int # How long it takes, at least 1
     check: Callable # From the learner's object to a `Result`; usually a `Check`
-    hints: tuple # Two hints: where to look, then nearly how
+    hints: Sequence # Two hints: where to look, then nearly how
     solution: str # Source text of the solution; the last name it defines is the answer
 
     def __post_init__(self):

@@ -126,7 +126,7 @@ def collect_rankings(
 @dataclass(frozen=True)
 class AnswerForm:
     "A simulated person who fills in another form; has `name` and `rank`, so that `collect_rankings` takes it."
-    person:object # A `world.Labeler`
+    person:world.Labeler # Who fills it in
     kind:str="ties" # "ties": replies may share a rank; "thumbs": rank 1 for a thumb up, 2 for a thumb down
     width:float=1. # For ties: a reply shares the rank of a better one that is closer than this, in log-odds
     bar:float=.2 # For thumbs: worth from which a reply deserves a thumb up; the scale runs from -3.3 to 1

@@ -117,10 +117,10 @@ def compare(
     seed:int=0, # Decides which principles are drawn, and what is sampled
     chain_of_thought:bool=False, # Reason before the answer
     both_orders:bool=True, # Ask with a first and with b first, and average; False: a first only
-    clamp=None, # (low, high) range of the labels, such as (0.4, 0.6); None: no clamping
+    clamp:tuple|None=None, # (low, high) range of the labels, such as (0.4, 0.6); None: no clamping
     hard:bool=False, # Round labels to 0 or 1; an exact tie stays at 0.5
     samples:int=1, # Chains of thought per pair and order, averaged
-    temperature:float=None, # Of the chains of thought; None: 0 (the likeliest) for one sample, 1 for several
+    temperature:float|None=None, # Of the chains of thought; None: 0 (the likeliest) for one sample, 1 for several
     max_new_tokens:int=64, # Longest chain of thought, in tokens
     few_shot:int=0, # Number of the constitution's comparison examples shown first
     progress=None, # True, False: show the model's progress bar while it reasons; None: as the model likes

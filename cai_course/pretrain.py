@@ -18,11 +18,12 @@ from .errors import CourseError
 from .judge import comparison_prompt, harmful_prompt
 
 # %% auto #0
-__all__ = ['SPECIAL', 'TASKS', 'SHORT', 'LONG_RUN', 'GOALS', 'make_tokenizer', 'Lesson', 'draw_request', 'draw_reply',
-           'draw_pair', 'critique_lesson', 'scrambled_reply', 'lesson', 'build_t5', 'build_bert', 'faster_dtype',
-           'fast_copy', 'pad', 'batches', 'PretrainConfig', 'vocabulary_texts', 'has_compiler', 'Trainer', 'shares',
-           'plain_share', 'copy_share', 'aimed_share', 't5_loss', 'pretrain_t5', 'starting_tokenizer', 'finish',
-           'bert_texts', 'bert_row', 'pretrain_bert', 'run', 'skill_cases', 'pocket_report', 'report']
+__all__ = ['SPECIAL', 'TASKS', 'SHORT', 'LONG_RUN', 'BERT_CONFIG', 'GOALS', 'make_tokenizer', 'Lesson', 'draw_request',
+           'draw_reply', 'draw_pair', 'critique_lesson', 'scrambled_reply', 'lesson', 'build_t5', 'build_bert',
+           'faster_dtype', 'fast_copy', 'pad', 'batches', 'PretrainConfig', 'vocabulary_texts', 'has_compiler',
+           'Trainer', 'shares', 'plain_share', 'copy_share', 'aimed_share', 't5_loss', 'pretrain_t5',
+           'starting_tokenizer', 'finish', 'bert_texts', 'bert_row', 'pretrain_bert', 'run', 'skill_cases',
+           'pocket_report', 'report']
 
 # %% ../nbs/tools/pretrain.ipynb #5c5ea100
 SPECIAL = ("<pad>", "</s>", "<unk>", "[CLS]", "[SEP]", "[MASK]")
@@ -223,11 +224,13 @@ def batches(sizes:list, budget:int, rng:random.Random, jitter:float = 0.) -> lis
 @dataclass(frozen=True)
 class PretrainConfig:
     "What makes a pocket model; the shipped ones use the defaults."
-    pools: int = 180         # pools of lessons, at least 1
+    pools: int = 130         # pools of lessons, at least 1
     pool_size: int = 4_096   # lessons in a pool
     budget: int = 4_000      # padded tokens in a batch of long lessons
     lr: float = 2.5e-3       # peak learning rate
     warmup: int = 300        # steps of linear warm-up
+    fall: float = .686       # share of the learning rate that is lost in a line over the steps of the run
+    cooldown: float = .123   # last share of the run, in which what is left of the rate falls to zero
     seed: int = 0            # seed of the weights and lessons
     save_every: int = 4      # pools between two saved states
 
@@ -273,14 +276,16 @@ class Trainer:
             fast.grad = None
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.)
         total = self.config.pools * self.steps_per_pool
-        progress = min(1., self.step / max(1, total))
+        factor = 1 - self.config.fall * min(1., self.step / max(1, total))
+        if self.config.cooldown: factor *= min(1., (1 - self.done) / self.config.cooldown)
         for group in self.optimizer.param_groups:
-            group["lr"] = self.config.lr * min(1., (self.step + 1) / self.config.warmup) * (1 - .95 * progress)
+            group["lr"] = self.config.lr * min(1., (self.step + 1) / self.config.warmup) * factor
         self.optimizer.step(); self.sync()
         self.step += 1
         return float(norm)
 
     steps_per_pool = 100  # replaced by the length of the first pool
+    done = 0.             # fraction of the run that is over
 
     def save(self):
         "Write the state: weights and optimizer as safetensors, the rest as JSON."
@@ -313,22 +318,22 @@ class Trainer:
 
 def shares(done:float) -> dict: # Share of each task when the fraction `done` of the training is over
     "Reading and copying first, then comparing, then more of everything that is still wrong."
-    if done < .12: return TASKS | {"revise": .24, "judge": .05, "reason": .17, "answer": .20}
-    if done < .3: return TASKS
+    if done < .165: return TASKS | {"revise": .24, "judge": .05, "reason": .17, "answer": .20}
+    if done < .41: return TASKS
     judging = TASKS | {"judge": .36, "answer": .09, "summarize": .04, "harmful": .02}
-    return judging if done < .35 else judging | {"critique": .22, "revise": .21, "judge": .30, "skill": .03}
+    return judging if done < .48 else judging | {"critique": .22, "revise": .21, "judge": .30, "skill": .03}
 
 def plain_share(done:float) -> float: # Share of plain comparisons when the fraction `done` of the training is over
     "Comparing is learned on clear cases first, and then on all of them."
-    return .8 if done < .3 else max(.1, .8 - (done - .3) * 3.5)
+    return float(np.interp(done, (54 / 130, 90 / 130), (.8, .1)))
 
 def copy_share(done:float) -> float: # Share of revisions that are scrambled copies when the fraction `done` of the training is over
     "Copying is learned first, and kept up."
-    return .5 if done < .12 else .2 if done < .35 else .4
+    return .5 if done < .165 else .2 if done < .48 else .4
 
 def aimed_share(done:float) -> float: # Share of aimed requests and replies when the fraction `done` of the training is over
     "Drawn at random, few replies are rude or preach just where the principle asks about it, and the model never says so."
-    return 0. if done < .35 else .5
+    return 0. if done < .48 else .5
 
 def t5_loss(model, tokenizer, lessons:list) -> tuple: # (weighted sum of losses, sum of weights, {task: (plain sum, tokens)})
     "Weighted cross-entropy of one batch of lessons."
@@ -368,6 +373,7 @@ def pretrain_t5(out:Path, config:PretrainConfig = PretrainConfig(), resume:bool 
         sums = {}
         for at, batch in enumerate(order):
             few = short[at * len(short) // len(order):(at + 1) * len(short) // len(order)]
+            trainer.done = (trainer.pool + at / len(order)) / config.pools
             parts = [t5_loss(trainer.fast, tokenizer, rows) for rows in ([long[i] for i in batch], few) if rows]
             trainer.learn(sum(part[0] for part in parts) / sum(part[1] for part in parts))
             for task, (total, count) in (item for part in parts for item in part[2].items()):
@@ -414,7 +420,9 @@ def bert_row(tokenizer, first:str, second:str) -> tuple: # (token ids, segment i
     a, b = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in (first, second))
     return [3] + a + [4] + b + [4], [0] * (len(a) + 2) + [1] * (len(b) + 1)
 
-def pretrain_bert(out:Path, config:PretrainConfig = PretrainConfig(pools=40, lr=2e-3), resume:bool = True, progress:bool = True) -> list: # Rows of the log
+BERT_CONFIG = PretrainConfig(pools=40, lr=2e-3, fall=.95, cooldown=0.)
+
+def pretrain_bert(out:Path, config:PretrainConfig = BERT_CONFIG, resume:bool = True, progress:bool = True) -> list: # Rows of the log
     """Train pocket-bert by filling in masked words: 30 % are chosen, and of them 80 % masked, 10 % replaced at random, 10 % kept.
 
     Source: Devlin et al. (2019), section 3.1, who choose 15 %; Wettig et al. (2023) find that more is better for training time.
@@ -465,7 +473,7 @@ def run(
     A stopped run goes on from its last saved state. Raises `CourseError` for an unknown model name.
     """
     from cai_course.paths import data_dir
-    makers = {"pocket-t5": (pretrain_t5, PretrainConfig(seed=seed)), "pocket-bert": (pretrain_bert, PretrainConfig(pools=40, lr=2e-3, seed=seed))}
+    makers = {"pocket-t5": (pretrain_t5, PretrainConfig(seed=seed)), "pocket-bert": (pretrain_bert, replace(BERT_CONFIG, seed=seed))}
     if only is not None and only not in makers:
         raise CourseError(f"there is no pocket model {only!r}; choose one of {', '.join(makers)}, or leave it out for both.")
     out = Path(out) if out else data_dir() / "models"

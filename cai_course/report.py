@@ -7,6 +7,7 @@ __all__ = ['STAGES', 'MEASURES', 'show_figure', 'results_text', 'visible', 'rend
 
 # %% ../nbs/tools/report.ipynb #8298e270
 import re
+from collections.abc import Sequence
 
 from .errors import CourseError
 
@@ -146,12 +147,12 @@ def render_report(
     summary: str, # One or two sentences under it
     results: dict, # Measure -> stage -> figure, as in `results.json`
     differences: dict | None = None, # Measure -> figure of RL-CAI minus base
-    notes: list = (), # Sentences that a reader must not miss
-    tables: list = (), # Dictionaries with `caption`, `head`, `rows`, and `text` if the cells are prose
-    curves: list = (), # Dictionaries with `title` and `svg`, the text that `plots.to_svg` returns
-    transcripts: list = (), # With `caption`, `stages`, `rows` of `prompt` and `replies` (stage -> `text`, `verdict`)
-    chains: list = (), # Dictionaries with `prompt` and `steps`, each a `name` and a `text`
-    settings: list = (), # Pairs of name and value
+    notes: Sequence = (), # Sentences that a reader must not miss
+    tables: Sequence = (), # Dictionaries with `caption`, `head`, `rows`, and `text` if the cells are prose
+    curves: Sequence = (), # Dictionaries with `title` and `svg`, the text that `plots.to_svg` returns
+    transcripts: Sequence = (), # With `caption`, `stages`, `rows` of `prompt` and `replies` (stage -> `text`, `verdict`)
+    chains: Sequence = (), # Dictionaries with `prompt` and `steps`, each a `name` and a `text`
+    settings: Sequence = (), # Pairs of name and value
 ) -> str: # A whole HTML page that needs no other file
     """Make the page. Everything but the curves is escaped."""
     from jinja2 import Environment, StrictUndefined

@@ -60,7 +60,7 @@ def wheel(source, tmp_path_factory):
 def test_the_wheel_holds_the_library_and_its_data_and_nothing_else(wheel, source):
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
-    modules = {p.relative_to(source).as_posix() for p in (source / "cai_course").rglob("*.py")}
+    modules = {p.relative_to(source).as_posix() for pattern in ("*.py", "py.typed") for p in (source / "cai_course").rglob(pattern)}
     chapters = {f"cai_course/_assets/nbs/{p.name}" for p in (source / "nbs").glob("[0-9]*.ipynb")}
     assert "cai_course/practice/__init__.py" in modules and len(chapters) >= 13
     wanted = modules | shipped(source, "data") | shipped(source, "constitutions") | chapters

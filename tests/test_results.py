@@ -52,6 +52,41 @@ def test_a_chapter_shows_the_card_of_what_is_stored(chapter, name, card):
         assert card == repr(load_result(name)), f"run {chapter} again"
 
 
+WORDS = ("agrees", "disagrees", "inconclusive")
+
+
+def verdicts_in_prose(book: dict) -> list:
+    """[(cell, sentence, verdict in italics, verdicts of the experiments and the words that its section has shown)]; other rounds and definitions left out."""
+    found, shown = [], set()
+    for position, cell in enumerate(book["cells"]):
+        source = "".join(cell["source"])
+        if cell["cell_type"] == "code":
+            cards = "\n".join("".join(output.get("data", {}).get("text/plain", "")) for output in cell.get("outputs", []))
+            shown |= {load_result(name).verdict for name in re.findall(r"^Experiment ([a-z0-9-]+)$", cards, re.M) if name in NAMES}
+            printed = " ".join("".join(output.get("text", "")) for output in cell.get("outputs", []))
+            shown |= {word for word in re.findall(r"\w+", printed) if word in WORDS}
+            continue
+        if re.match(r"## ", source): shown = set()
+        for sentence in re.split(r"(?<=[.:;])\s+", source):
+            if re.search(r"earlier\s+round|three\s+seeds\s+were|\bsays\b|its\s+labelers\s+was", sentence): continue
+            found += [(position, sentence, word, frozenset(shown)) for word in re.findall(r"\*([a-z]+)\*", sentence) if word in WORDS]
+    return found
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "nbs").glob("[0-9][0-9]_*.ipynb")), ids=lambda path: path.stem)
+def test_a_verdict_in_prose_is_one_that_its_section_shows(path):
+    wrong = [each for each in verdicts_in_prose(json.loads(path.read_text(encoding="utf-8"))) if each[2] not in each[3]]
+    assert not wrong, "\n".join(f"cell {cell}: {sentence!r} says {word}, shown are {sorted(shown)}" for cell, sentence, word, shown in wrong)
+
+
+def test_verdicts_in_prose_are_found_and_turned_ones_noticed():
+    books = [json.loads(path.read_text(encoding="utf-8")) for path in sorted((ROOT / "nbs").glob("[0-9][0-9]_*.ipynb"))]
+    found = [each for book in books for each in verdicts_in_prose(book)]
+    assert len(found) >= 20
+    turned = [each for each in found if WORDS[(WORDS.index(each[2]) + 1) % 3] not in each[3]]
+    assert len(turned) >= len(found) / 2  # a section may show several verdicts
+
+
 def test_every_stored_file_belongs_to_an_experiment():
     folder = data_dir() / "experiments"
     stored = {path.name for path in folder.iterdir() if not path.name.startswith(".")} if folder.exists() else set()
