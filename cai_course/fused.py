@@ -12,7 +12,7 @@ from peft.tuners.lora import LoraLayer
 from transformers.modeling_outputs import BaseModelOutput
 
 from .errors import CourseError
-from .models import Policy, base_weight
+from .models import Policy, base_weight, stacked_weight
 
 # %% ../nbs/tools/fused.ipynb #9e2f44c6
 class _Norm(torch.autograd.Function):
@@ -32,34 +32,49 @@ class _Norm(torch.autograd.Function):
 
 
 class _Gate(torch.autograd.Function):
-    """`gelu(gate) * linear`."""
+    """`gelu(gate) * linear` of both halves of one product, (n, 2 f) -> (n, f)."""
     @staticmethod
-    def forward(ctx, gate, linear):
-        ctx.save_for_backward(gate, linear)
+    def forward(ctx, inner):
+        ctx.save_for_backward(inner)
+        gate, linear = inner.chunk(2, -1)
         return F.gelu(gate, approximate="tanh").mul_(linear)
 
     @staticmethod
     def backward(ctx, grad):
-        gate, linear = ctx.saved_tensors
-        return (torch.ops.aten.gelu_backward(grad * linear, gate, approximate="tanh"),
-                F.gelu(gate, approximate="tanh").mul_(grad))
+        (inner,), out = ctx.saved_tensors, torch.empty_like(ctx.saved_tensors[0])
+        (gate, linear), (to_gate, to_linear) = inner.chunk(2, -1), out.chunk(2, -1)
+        to_gate.copy_(torch.ops.aten.gelu_backward(grad * linear, gate, approximate="tanh"))
+        torch.mul(F.gelu(gate, approximate="tanh"), grad, out=to_linear)
+        return out
 
 
 class _Adapted(torch.autograd.Function):
-    """`x @ weight.T + scale * x @ a.T @ b.T` for a frozen weight; x is (n, d)."""
+    """`x @ weight.T` for a frozen weight (m, d), and `scale * x @ a.T @ b.T` more for some columns; x is (n, d).
+
+    `places` holds (first column, scale) of each adapter; `adapters` their a (r, d) and b (columns, r) in turn."""
     @staticmethod
-    def forward(ctx, x, weight, a, b, scale):
-        thin = x @ a.T # (n, r)
-        ctx.scale = scale
-        ctx.save_for_backward(x, weight, a, b, thin)
-        return (x @ weight.T).addmm_(thin, b.T, alpha=scale)
+    def forward(ctx, x, weight, places, *adapters):
+        thin = x @ torch.cat(adapters[::2]).T # (n, sum of r)
+        out = x @ weight.T
+        for (start, scale), b, part in zip(places, adapters[1::2], thin.split([len(a) for a in adapters[::2]], 1)):
+            out[:, start:start + len(b)].addmm_(part, b.T, alpha=scale)
+        ctx.places = places
+        ctx.save_for_backward(x, weight, thin, *adapters)
+        return out
 
     @staticmethod
     def backward(ctx, grad):
-        x, weight, a, b, thin = ctx.saved_tensors
-        dthin = (grad @ b).mul_(ctx.scale) # (n, r)
-        dx = (grad @ weight).addmm_(dthin, a) if ctx.needs_input_grad[0] else None
-        return dx, None, dthin.T @ x, (grad.T @ thin).mul_(ctx.scale), None
+        x, weight, thin, *adapters = ctx.saved_tensors
+        sizes, parts = [len(a) for a in adapters[::2]], []
+        found = [None] * len(adapters)
+        for k, ((start, scale), b, part) in enumerate(zip(ctx.places, adapters[1::2], thin.split(sizes, 1))):
+            mine = grad[:, start:start + len(b)]
+            parts.append((mine @ b).mul_(scale))
+            found[2 * k + 1] = (mine.T @ part).mul_(scale)
+        dthin = torch.cat(parts, 1) # (n, sum of r)
+        found[::2] = (dthin.T @ x).split(sizes)
+        dx = (grad @ weight).addmm_(dthin, torch.cat(adapters[::2])) if ctx.needs_input_grad[0] else None
+        return dx, None, None, *found
 
 # %% ../nbs/tools/fused.ipynb #2bb8435d
 def _lora(linear): # (A, B, scale) of an adapter beside the weight, None without one, False if it is of an unknown kind
@@ -81,6 +96,8 @@ class _FusedStack:
             return False
         if rest.get("use_cache") or self.stack.embed_tokens.weight.dtype != torch.float32:
             return False
+        if self.stack.final_layer_norm.weight.requires_grad: # a model that learns as a whole
+            return False
         for block in self.stack.block:
             for sub in block.layer[:-1]:
                 attention = getattr(sub, "SelfAttention", None) or sub.EncDecAttention
@@ -90,10 +107,13 @@ class _FusedStack:
                 return False
         return True
 
-    def _heads(self, x, linear, size): # (n, d) -> (B, s, h, k)
-        lora = _lora(linear)
-        out = x @ base_weight(linear).T if lora is None else _Adapted.apply(x, base_weight(linear), *lora)
-        return out.view(size, -1, self.stack.config.num_heads, out.shape[-1] // self.stack.config.num_heads)
+    def _heads(self, x, linears, size): # (n, d) -> one (B, s, h, k) of each layer
+        places, adapters, width = [], [], base_weight(linears[0]).shape[0]
+        for number, lora in enumerate(map(_lora, linears)):
+            if lora is not None: places.append((number * width, lora[2])); adapters += lora[:2]
+        weight = stacked_weight(*linears)
+        out = _Adapted.apply(x, weight, places, *adapters) if adapters else x @ weight.T
+        return out.view(size, -1, len(linears), self.stack.config.num_heads, width // self.stack.config.num_heads).unbind(2)
 
     def _norm(self, x, norm): return _Norm.apply(x, norm.weight, norm.variance_epsilon)
 
@@ -119,14 +139,14 @@ class _FusedStack:
         for block in stack.block:
             own = block.layer[0].SelfAttention
             normed = self._norm(x, block.layer[0].layer_norm)
-            x = self._attend(*(self._heads(normed, linear, B) for linear in (own.q, own.k, own.v)), bias, own.o, x)
+            x = self._attend(*self._heads(normed, (own.q, own.k, own.v), B), bias, own.o, x)
             if encoder_hidden_states is not None:
                 cross = block.layer[1].EncDecAttention
-                query = self._heads(self._norm(x, block.layer[1].layer_norm), cross.q, B)
-                x = self._attend(query, *(self._heads(states, linear, B) for linear in (cross.k, cross.v)), hide, cross.o, x)
+                (query,) = self._heads(self._norm(x, block.layer[1].layer_norm), (cross.q,), B)
+                x = self._attend(query, *self._heads(states, (cross.k, cross.v), B), hide, cross.o, x)
             ff = block.layer[-1].DenseReluDense
             normed = self._norm(x, block.layer[-1].layer_norm)
-            x = torch.addmm(x, _Gate.apply(normed @ base_weight(ff.wi_0).T, normed @ base_weight(ff.wi_1).T), base_weight(ff.wo).T)
+            x = torch.addmm(x, _Gate.apply(normed @ stacked_weight(ff.wi_0, ff.wi_1).T), base_weight(ff.wo).T)
         return self._norm(x, stack.final_layer_norm).view(B, S, -1)
 
     def __call__(self, input_ids=None, attention_mask=None, encoder_hidden_states=None, encoder_attention_mask=None, **rest):
@@ -138,6 +158,12 @@ class _FusedStack:
         out = BaseModelOutput(last_hidden_state=x, hidden_states=(x,))
         out.past_key_values = out.cross_attentions = None
         return out
+
+
+def _lay_together(*linears): # their weights behind each other in memory
+    joint = torch.cat([base_weight(linear).detach() for linear in linears])
+    for linear, part in zip(linears, joint.split([len(base_weight(linear)) for linear in linears])):
+        base_weight(linear).data = part
 
 
 def fuse_t5(
@@ -154,4 +180,9 @@ def fuse_t5(
                           "Use the policy as it is.")
     for stack in (policy.model.encoder, policy.model.decoder):
         stack.forward = _FusedStack(stack)
+        for block in stack.block:
+            own, ff = block.layer[0].SelfAttention, block.layer[-1].DenseReluDense
+            _lay_together(own.q, own.k, own.v)
+            _lay_together(ff.wi_0, ff.wi_1)
+            if stack.is_decoder: _lay_together(block.layer[1].EncDecAttention.k, block.layer[1].EncDecAttention.v)
     return policy
