@@ -18,12 +18,12 @@ from .errors import CourseError
 from .judge import comparison_prompt, harmful_prompt
 
 # %% auto #0
-__all__ = ['SPECIAL', 'TASKS', 'SHORT', 'LONG_RUN', 'BERT_CONFIG', 'GOALS', 'make_tokenizer', 'Lesson', 'draw_request',
-           'draw_reply', 'draw_pair', 'critique_lesson', 'scrambled_reply', 'lesson', 'build_t5', 'build_bert',
-           'faster_dtype', 'fast_copy', 'pad', 'batches', 'PretrainConfig', 'vocabulary_texts', 'has_compiler',
-           'Trainer', 'shares', 'plain_share', 'copy_share', 'aimed_share', 't5_loss', 'pretrain_t5',
-           'starting_tokenizer', 'finish', 'bert_texts', 'bert_row', 'pretrain_bert', 'run', 'skill_cases',
-           'pocket_report', 'report']
+__all__ = ['SPECIAL', 'TASKS', 'SHORT', 'LONG_RUN', 'COOL', 'BERT_CONFIG', 'GOALS', 'make_tokenizer', 'Lesson', 'draw_request',
+           'draw_reply', 'draw_pair', 'critique_lesson', 'scrambled_reply', 'outside_words', 'lesson', 'build_t5',
+           'build_bert', 'faster_dtype', 'fast_copy', 'pad', 'batches', 'PretrainConfig', 'vocabulary_texts',
+           'has_compiler', 'Trainer', 'shares', 'plain_share', 'copy_share', 'aimed_share', 'outside_share', 't5_loss',
+           'pretrain_t5', 'starting_tokenizer', 'finish', 'bert_texts', 'bert_row', 'pretrain_bert', 'run',
+           'skill_cases', 'pocket_report', 'report']
 
 # %% ../nbs/tools/pretrain.ipynb #5c5ea100
 SPECIAL = ("<pad>", "</s>", "<unk>", "[CLS]", "[SEP]", "[MASK]")
@@ -112,11 +112,21 @@ def scrambled_reply(request:world.Request, rng:random.Random, split:str) -> str:
     rng.shuffle(found)
     return " ".join(found[:rng.randint(1, 4)])
 
-def lesson(rng:random.Random, split:str = "train", tasks:dict = TASKS, plain:float = 0., copies:float = 0., aimed:float = 0.) -> Lesson: # One lesson
+def outside_words(request:world.Request, rng:random.Random) -> str: # The text of a request
+    "The request as somebody may ask it who does not know the world: for nobody in particular, or about a thing without a name there."
+    target, item = request.slots
+    text = request.text
+    if request.group != "harmful": text = re.sub(rf" (for|with|of|to|next to|at the house of) {re.escape(target)}\b", "", text)
+    if item and rng.random() < .5: text = text.replace(item, "".join(rng.choices("abcdefghilmnoprstuvw", k=rng.randint(3, 8))))
+    return text
+
+def lesson(rng:random.Random, split:str = "train", tasks:dict = TASKS, plain:float = 0., copies:float = 0., aimed:float = 0.,
+           outside:float = 0.) -> Lesson: # One lesson
     """Draw one lesson.
 
     `plain` is the share of comparisons between a harmful and a harmless reply under a broad principle, `copies` the share of revisions that leave a
-    scrambled reply as it is, `aimed` the share of requests and replies that are drawn to show what the principle asks about.
+    scrambled reply as it is, `aimed` the share of requests and replies that are drawn to show what the principle asks about, `outside` the share of
+    requests to be told harmful or not that leave the world's words.
     """
     task = _pick(rng, tuple(tasks.items()))
     if task == "answer":
@@ -130,7 +140,8 @@ def lesson(rng:random.Random, split:str = "train", tasks:dict = TASKS, plain:flo
         return Lesson(task, item.prompt, item.answer)
     if task == "harmful":
         request = draw_request(rng, split, .5, True)
-        return Lesson(task, harmful_prompt(request.text), "yes" if request.group == "harmful" else "no", 4.)
+        text = outside_words(request, rng) if outside and rng.random() < outside else request.text
+        return Lesson(task, harmful_prompt(text), "yes" if request.group == "harmful" else "no", 4.)
     request, scope = draw_request(rng, split, .68, True), world.sample_scope(rng)
     kinds, styles = ([name for name in names if name in scope.faults] for names in (_TAUGHT, _FAULTY))
     if aimed and kinds and request.group == "harmful" and rng.random() < aimed: request = draw_request(rng, split, 1., True, kinds)
@@ -316,12 +327,15 @@ class Trainer:
         self.sync()
         return True
 
+COOL = .876   # fraction of the training after which the learning rate cools down
+
 def shares(done:float) -> dict: # Share of each task when the fraction `done` of the training is over
     "Reading and copying first, then comparing, then more of everything that is still wrong."
     if done < .165: return TASKS | {"revise": .24, "judge": .05, "reason": .17, "answer": .20}
     if done < .41: return TASKS
     judging = TASKS | {"judge": .36, "answer": .09, "summarize": .04, "harmful": .02}
-    return judging if done < .48 else judging | {"critique": .22, "revise": .21, "judge": .30, "skill": .03}
+    late = judging | {"critique": .22, "revise": .21, "judge": .30, "skill": .03}
+    return judging if done < .48 else late if done < COOL else late | {"harmful": .04}
 
 def plain_share(done:float) -> float: # Share of plain comparisons when the fraction `done` of the training is over
     "Comparing is learned on clear cases first, and then on all of them."
@@ -334,6 +348,10 @@ def copy_share(done:float) -> float: # Share of revisions that are scrambled cop
 def aimed_share(done:float) -> float: # Share of aimed requests and replies when the fraction `done` of the training is over
     "Drawn at random, few replies are rude or preach just where the principle asks about it, and the model never says so."
     return 0. if done < .48 else .5
+
+def outside_share(done:float) -> float: # Share of requests in words from outside when the fraction `done` of the training is over
+    "A model that has seen nothing but the world is sure of nonsense about everything else."
+    return 0. if done < COOL else .5
 
 def t5_loss(model, tokenizer, lessons:list) -> tuple: # (weighted sum of losses, sum of weights, {task: (plain sum, tokens)})
     "Weighted cross-entropy of one batch of lessons."
@@ -364,7 +382,8 @@ def pretrain_t5(out:Path, config:PretrainConfig = PretrainConfig(), resume:bool 
     bar = tqdm(total=config.pools, initial=trainer.pool, desc="pocket-t5", unit="pool", disable=not progress, smoothing=.1)
     while trainer.pool < config.pools:
         began, done, rng = time.time(), trainer.pool / config.pools, random.Random(f"lessons-{config.seed}-{trainer.pool}")
-        lessons = [lesson(rng, tasks=shares(done), plain=plain_share(done), copies=copy_share(done), aimed=aimed_share(done)) for _ in range(config.pool_size)]
+        lessons = [lesson(rng, tasks=shares(done), plain=plain_share(done), copies=copy_share(done), aimed=aimed_share(done),
+                          outside=outside_share(done)) for _ in range(config.pool_size)]
         # every step sees a batch of long lessons and some of every short task: sorted by length alone, a rare short task
         # would come in one batch of its own, be learned there and be forgotten in the hundred batches after it
         short, long = ([one for one in lessons if (one.task in SHORT) == wanted] for wanted in (True, False))
