@@ -4,7 +4,7 @@
 
 # %% ../nbs/tools/pretrain.ipynb #b6fdb26c
 from __future__ import annotations
-import copy, json, math, random, re, time
+import copy, json, math, os, random, re, shutil, time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 import numpy as np
@@ -18,11 +18,12 @@ from .errors import CourseError
 from .judge import comparison_prompt, harmful_prompt
 
 # %% auto #0
-__all__ = ['SPECIAL', 'TASKS', 'SHORT', 'GOALS', 'make_tokenizer', 'Lesson', 'draw_request', 'draw_reply', 'draw_pair',
-           'critique_lesson', 'lesson', 'build_t5', 'build_bert', 'faster_dtype', 'fast_copy', 'pad', 'batches',
-           'PretrainConfig', 'vocabulary_texts', 'Trainer', 'shares', 'plain_share', 't5_loss', 'pretrain_t5',
-           'starting_tokenizer', 'finish', 'bert_texts', 'bert_row', 'pretrain_bert', 'run', 'skill_cases',
-           'pocket_report', 'report']
+__all__ = ['SPECIAL', 'TASKS', 'SHORT', 'LONG_RUN', 'COOL', 'BERT_CONFIG', 'GOALS', 'make_tokenizer', 'Lesson', 'draw_request',
+           'draw_reply', 'draw_pair', 'critique_lesson', 'scrambled_reply', 'outside_words', 'lesson', 'build_t5',
+           'build_bert', 'faster_dtype', 'fast_copy', 'pad', 'batches', 'PretrainConfig', 'vocabulary_texts',
+           'has_compiler', 'Trainer', 'shares', 'plain_share', 'copy_share', 'aimed_share', 'outside_share', 't5_loss',
+           'pretrain_t5', 'starting_tokenizer', 'finish', 'bert_texts', 'bert_row', 'pretrain_bert', 'run',
+           'skill_cases', 'pocket_report', 'report']
 
 # %% ../nbs/tools/pretrain.ipynb #5c5ea100
 SPECIAL = ("<pad>", "</s>", "<unk>", "[CLS]", "[SEP]", "[MASK]")
@@ -58,23 +59,25 @@ class Lesson:
     task: str           # which of `TASKS`
     prompt: str         # the encoder's text
     response: str       # the decoder's text
-    weight: float = 1.  # of each token of the response
+    weight: float = 1.  # of each token of the response; above 2, of its first token alone
+    focus: float = 1.   # least weight of the first token of each sentence, and of the end
 
-TASKS = {"answer": .13, "summarize": .06, "critique": .14, "revise": .17, "direct": .03, "harmful": .05, "judge": .28, "reason": .09, "skill": .05}
+TASKS = {"answer": .13, "summarize": .06, "critique": .18, "revise": .18, "direct": .02, "harmful": .05, "judge": .23, "reason": .10, "skill": .05}
 SHORT = ("answer", "summarize", "harmful", "skill")  # tasks whose texts are short; the others show a whole exchange
 _STYLES = {"harmful": (("comply", .32), ("partial", .10), ("refuse", .16), ("evasive", .10), ("preachy", .11), ("rude", .11), ("off_topic", .05), ("tail", .05)),
            "benign": (("helpful", .36), ("partial", .10), ("evasive", .10), ("preachy", .13), ("rude", .13), ("off_topic", .09), ("untruthful", .09))}
+_FAULTY = ("rude", "preachy", "evasive")   # styles of a reply that are faults of the same name
 _TAUGHT = tuple(kind for kind in world.HARM_KINDS if kind != world.UNSEEN_KIND)
 
 def _pick(rng:random.Random, weighted) -> str:
     names, weights = zip(*weighted)
     return rng.choices(names, weights)[0]
 
-def draw_request(rng:random.Random, split:str, harmful:float, seen_only:bool) -> world.Request: # `harmful` is the share of harmful requests
-    "One request; `seen_only` leaves out the harm kind that critics never see."
+def draw_request(rng:random.Random, split:str, harmful:float, seen_only:bool, kinds:tuple = ()) -> world.Request: # `harmful` is the share of harmful requests
+    "One request; `seen_only` leaves out the harm kind that critics never see, `kinds` names the only ones wanted."
     draw = rng.random()
     group = "harmful" if draw < harmful else "borderline" if draw > 1 - (1 - harmful) * .25 else "benign"
-    kind = rng.choice(_TAUGHT if seen_only else world.HARM_KINDS) if group == "harmful" else None
+    kind = rng.choice(kinds or (_TAUGHT if seen_only else world.HARM_KINDS)) if group == "harmful" else None
     found = world.combinations(group, split, kind)
     topic, target, item = found[rng.randrange(len(found))]
     shared = world.lexicon()["shared"]
@@ -103,8 +106,28 @@ def critique_lesson(request, reply, scope, rng) -> tuple: # (critique prompt, cr
             revision_prompt(request.text, reply, scope.critique_request, said, scope.revision_request),
             world.revise(request.text, reply, verdict, scope, rng))
 
-def lesson(rng:random.Random, split:str = "train", tasks:dict = TASKS, plain:float = 0.) -> Lesson: # One lesson
-    "Draw one lesson; `plain` is the share of comparisons between a harmful and a harmless reply under a broad principle."
+def scrambled_reply(request:world.Request, rng:random.Random, split:str) -> str: # One to four sentences
+    "Sentences of two replies in any order: a text that cannot be guessed, only copied."
+    found = [part for one in (request, draw_request(rng, split, .68, True)) for part in re.split(r"(?<=[.?!])\s+", draw_reply(one, rng))]
+    rng.shuffle(found)
+    return " ".join(found[:rng.randint(1, 4)])
+
+def outside_words(request:world.Request, rng:random.Random) -> str: # The text of a request
+    "The request as somebody may ask it who does not know the world: for nobody in particular, or about a thing without a name there."
+    target, item = request.slots
+    text = request.text
+    if request.group != "harmful": text = re.sub(rf" (for|with|of|to|next to|at the house of) {re.escape(target)}\b", "", text)
+    if item and rng.random() < .5: text = text.replace(item, "".join(rng.choices("abcdefghilmnoprstuvw", k=rng.randint(3, 8))))
+    return text
+
+def lesson(rng:random.Random, split:str = "train", tasks:dict = TASKS, plain:float = 0., copies:float = 0., aimed:float = 0.,
+           outside:float = 0.) -> Lesson: # One lesson
+    """Draw one lesson.
+
+    `plain` is the share of comparisons between a harmful and a harmless reply under a broad principle, `copies` the share of revisions that leave a
+    scrambled reply as it is, `aimed` the share of requests and replies that are drawn to show what the principle asks about, `outside` the share of
+    requests to be told harmful or not that leave the world's words.
+    """
     task = _pick(rng, tuple(tasks.items()))
     if task == "answer":
         request = draw_request(rng, split, .4, False)
@@ -117,8 +140,12 @@ def lesson(rng:random.Random, split:str = "train", tasks:dict = TASKS, plain:flo
         return Lesson(task, item.prompt, item.answer)
     if task == "harmful":
         request = draw_request(rng, split, .5, True)
-        return Lesson(task, harmful_prompt(request.text), "yes" if request.group == "harmful" else "no", 4.)
+        text = outside_words(request, rng) if outside and rng.random() < outside else request.text
+        return Lesson(task, harmful_prompt(text), "yes" if request.group == "harmful" else "no", 4.)
     request, scope = draw_request(rng, split, .68, True), world.sample_scope(rng)
+    kinds, styles = ([name for name in names if name in scope.faults] for names in (_TAUGHT, _FAULTY))
+    if aimed and kinds and request.group == "harmful" and rng.random() < aimed: request = draw_request(rng, split, 1., True, kinds)
+    style = rng.choice(styles) if aimed and styles and rng.random() < aimed else None
     if task in ("judge", "reason"):
         if plain and rng.random() < plain:
             request, scope = draw_request(rng, split, 1., True), world.make_scope(frozenset(world.HARM_KINDS), False, rng, broad=True)
@@ -130,7 +157,13 @@ def lesson(rng:random.Random, split:str = "train", tasks:dict = TASKS, plain:flo
         if task == "judge": return Lesson(task, comparison_prompt(request.text, a, b, scope.comparison_question), label, 10.)
         thoughts = [f"({name}) {world.describe(world.judge(request.text, text), text, scope)}." for name, text in (("A", a), ("B", b))]
         return Lesson(task, comparison_prompt(request.text, a, b, scope.comparison_question, chain_of_thought=True), f"{' '.join(thoughts)} Answer: {label}", 1.5)
-    texts = critique_lesson(request, draw_reply(request, rng), scope, rng)
+    if task == "revise" and rng.random() < copies:
+        reply = scrambled_reply(request, rng, split)
+        said = world.critique(world.judge(request.text, reply), reply, scope)
+        if said == world.NOTHING_WRONG:
+            ask = revision_prompt(request.text, reply, scope.critique_request, said, scope.revision_request)
+            return Lesson(task, ask, reply, focus=3. if aimed else 1.)
+    texts = critique_lesson(request, draw_reply(request, rng, style), scope, rng)
     ask, response = {"critique": texts[:2], "revise": texts[2:]}.get(task) or (None, texts[3])
     if task == "direct":
         reply = draw_reply(request, rng)
@@ -140,7 +173,8 @@ def lesson(rng:random.Random, split:str = "train", tasks:dict = TASKS, plain:flo
         other = draw_request(rng, split, .68, True)
         shown = critique_lesson(other, draw_reply(other, rng), world.sample_scope(rng), rng)
         ask = (f"{shown[0]} {shown[1]}\n\n" if task == "critique" else f"{shown[2]} {shown[3]}\n\n") + ask
-    return Lesson(task, ask, response)
+    # the first word of a critique says whether anything is wrong, the first word of a sentence which one is copied
+    return Lesson(task, ask, response, 3. if task == "critique" else 1., focus=3. if aimed else 1.)
 
 # %% ../nbs/tools/pretrain.ipynb #bcf6d2e9
 def build_t5(tokenizer) -> T5ForConditionalGeneration: # Random weights, head not tied to the embeddings
@@ -201,11 +235,13 @@ def batches(sizes:list, budget:int, rng:random.Random, jitter:float = 0.) -> lis
 @dataclass(frozen=True)
 class PretrainConfig:
     "What makes a pocket model; the shipped ones use the defaults."
-    pools: int = 76          # pools of lessons, at least 1
+    pools: int = 130         # pools of lessons, at least 1
     pool_size: int = 4_096   # lessons in a pool
     budget: int = 4_000      # padded tokens in a batch of long lessons
-    lr: float = 1.2e-3       # peak learning rate
+    lr: float = 2.5e-3       # peak learning rate
     warmup: int = 300        # steps of linear warm-up
+    fall: float = .686       # share of the learning rate that is lost in a line over the steps of the run
+    cooldown: float = .123   # last share of the run, in which what is left of the rate falls to zero
     seed: int = 0            # seed of the weights and lessons
     save_every: int = 4      # pools between two saved states
 
@@ -219,6 +255,12 @@ def vocabulary_texts(n:int = 60_000, seed:int = 0) -> list: # Sentences that hol
     shared = world.lexicon()["shared"]
     return texts + [" " + entry for block in (shared["targets"], shared["talk"]) for entries in block.values() for entry in entries]
 
+LONG_RUN = 100_000   # lessons; compiling takes two or three minutes, which a shorter run would not win back
+
+def has_compiler() -> bool: # Whether `torch.compile` can work here
+    "Whether a C++ compiler is installed, which PyTorch's compiler needs on a CPU."
+    return any(shutil.which(name) for name in (os.environ.get("CXX") or "g++", "clang++", "cl"))
+
 class Trainer:
     "One training run: float32 weights, arithmetic in whichever type is faster, a state on disk to go on from."
     def __init__(self, model, out:Path, config:PretrainConfig, resume:bool = False):
@@ -226,6 +268,8 @@ class Trainer:
         state = self.out / "state/meta.json"   # a resumed run keeps its arithmetic
         self.dtype = json.loads(state.read_text())["dtype"] if resume and state.exists() else faster_dtype()
         self.fast = fast_copy(model, self.dtype)
+        self.compiled = config.pools * config.pool_size > LONG_RUN and has_compiler()
+        if self.compiled: self.fast.compile(dynamic=True)
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, betas=(.9, .98), weight_decay=.01)
         self.step = self.pool = 0
         self.rows, self.seconds = [], 0.
@@ -243,14 +287,16 @@ class Trainer:
             fast.grad = None
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.)
         total = self.config.pools * self.steps_per_pool
-        progress = min(1., self.step / max(1, total))
+        factor = 1 - self.config.fall * min(1., self.step / max(1, total))
+        if self.config.cooldown: factor *= min(1., (1 - self.done) / self.config.cooldown)
         for group in self.optimizer.param_groups:
-            group["lr"] = self.config.lr * min(1., (self.step + 1) / self.config.warmup) * (1 - .95 * progress)
+            group["lr"] = self.config.lr * min(1., (self.step + 1) / self.config.warmup) * factor
         self.optimizer.step(); self.sync()
         self.step += 1
         return float(norm)
 
     steps_per_pool = 100  # replaced by the length of the first pool
+    done = 0.             # fraction of the run that is over
 
     def save(self):
         "Write the state: weights and optimizer as safetensors, the rest as JSON."
@@ -281,17 +327,31 @@ class Trainer:
         self.sync()
         return True
 
+COOL = .876   # fraction of the training after which the learning rate cools down
+
 def shares(done:float) -> dict: # Share of each task when the fraction `done` of the training is over
-    "Judging gets more lessons once the rest is understood."
-    early = max(0., 1 - done / .15)
-    mix = dict(TASKS)
-    mix["judge"] *= 1 - .6 * early; mix["reason"] *= 1 + .8 * early; mix["answer"] *= 1 + .3 * early
-    if done > .42: mix.update(judge=.42, reason=.10, answer=.10, summarize=.05, harmful=.02, skill=.06, direct=.02)
-    return mix
+    "Reading and copying first, then comparing, then more of everything that is still wrong."
+    if done < .165: return TASKS | {"revise": .24, "judge": .05, "reason": .17, "answer": .20}
+    if done < .41: return TASKS
+    judging = TASKS | {"judge": .36, "answer": .09, "summarize": .04, "harmful": .02}
+    late = judging | {"critique": .22, "revise": .21, "judge": .30, "skill": .03}
+    return judging if done < .48 else late if done < COOL else late | {"harmful": .04}
 
 def plain_share(done:float) -> float: # Share of plain comparisons when the fraction `done` of the training is over
-    "Comparing is learned on clear cases first, from the time when the rest is understood, and then on all of them."
-    return 0. if done <= .42 else .8 if done < .55 else max(.1, .8 - (done - .55) * 3.5)
+    "Comparing is learned on clear cases first, and then on all of them."
+    return float(np.interp(done, (54 / 130, 90 / 130), (.8, .1)))
+
+def copy_share(done:float) -> float: # Share of revisions that are scrambled copies when the fraction `done` of the training is over
+    "Copying is learned first, and kept up."
+    return .5 if done < .165 else .2 if done < .48 else .4
+
+def aimed_share(done:float) -> float: # Share of aimed requests and replies when the fraction `done` of the training is over
+    "Drawn at random, few replies are rude or preach just where the principle asks about it, and the model never says so."
+    return 0. if done < .48 else .5
+
+def outside_share(done:float) -> float: # Share of requests in words from outside when the fraction `done` of the training is over
+    "A model that has seen nothing but the world is sure of nonsense about everything else."
+    return 0. if done < COOL else .5
 
 def t5_loss(model, tokenizer, lessons:list) -> tuple: # (weighted sum of losses, sum of weights, {task: (plain sum, tokens)})
     "Weighted cross-entropy of one batch of lessons."
@@ -304,6 +364,9 @@ def t5_loss(model, tokenizer, lessons:list) -> tuple: # (weighted sum of losses,
     weight = mask * torch.tensor([one.weight for one in lessons])[:, None]
     first = torch.zeros_like(mask); first[:, 0] = 1
     weight = torch.where((weight > 2) & (first == 0), mask, weight)   # of a one-token answer only that token weighs more
+    ends = torch.tensor(tokenizer.convert_tokens_to_ids([".", "?", "!"]))
+    starts = torch.isin(start, ends) | (first == 1)                    # (B, T): the first token of a sentence, or the end after one
+    weight = torch.where(starts, torch.maximum(weight, mask * torch.tensor([one.focus for one in lessons])[:, None]), weight)
     sums = {}
     for one, total, count in zip(lessons, (nll * mask).sum(1).tolist(), mask.sum(1).tolist()):
         a, b = sums.get(one.task, (0., 0.)); sums[one.task] = (a + total, b + count)
@@ -319,7 +382,8 @@ def pretrain_t5(out:Path, config:PretrainConfig = PretrainConfig(), resume:bool 
     bar = tqdm(total=config.pools, initial=trainer.pool, desc="pocket-t5", unit="pool", disable=not progress, smoothing=.1)
     while trainer.pool < config.pools:
         began, done, rng = time.time(), trainer.pool / config.pools, random.Random(f"lessons-{config.seed}-{trainer.pool}")
-        lessons = [lesson(rng, tasks=shares(done), plain=plain_share(done)) for _ in range(config.pool_size)]
+        lessons = [lesson(rng, tasks=shares(done), plain=plain_share(done), copies=copy_share(done), aimed=aimed_share(done),
+                          outside=outside_share(done)) for _ in range(config.pool_size)]
         # every step sees a batch of long lessons and some of every short task: sorted by length alone, a rare short task
         # would come in one batch of its own, be learned there and be forgotten in the hundred batches after it
         short, long = ([one for one in lessons if (one.task in SHORT) == wanted] for wanted in (True, False))
@@ -328,6 +392,7 @@ def pretrain_t5(out:Path, config:PretrainConfig = PretrainConfig(), resume:bool 
         sums = {}
         for at, batch in enumerate(order):
             few = short[at * len(short) // len(order):(at + 1) * len(short) // len(order)]
+            trainer.done = (trainer.pool + at / len(order)) / config.pools
             parts = [t5_loss(trainer.fast, tokenizer, rows) for rows in ([long[i] for i in batch], few) if rows]
             trainer.learn(sum(part[0] for part in parts) / sum(part[1] for part in parts))
             for task, (total, count) in (item for part in parts for item in part[2].items()):
@@ -354,7 +419,7 @@ def finish(trainer, tokenizer, out:Path):
     "Write the model folder and its log."
     trainer.model.save_pretrained(out); tokenizer.save_pretrained(out)
     log = {"config": asdict(trainer.config), "parameters": sum(p.numel() for p in trainer.model.parameters()), "steps": trainer.step,
-           "seconds": round(trainer.seconds), "threads": torch.get_num_threads(), "dtype": trainer.dtype, "torch": torch.__version__, "rows": trainer.rows}
+           "seconds": round(trainer.seconds), "threads": torch.get_num_threads(), "dtype": trainer.dtype, "compiled": trainer.compiled, "torch": torch.__version__, "rows": trainer.rows}
     (out / "training_log.json").write_text(json.dumps(log, indent=1))
 
 def bert_texts(rng:random.Random, n:int, split:str = "train") -> list: # of (first sentence, second sentence)
@@ -374,7 +439,9 @@ def bert_row(tokenizer, first:str, second:str) -> tuple: # (token ids, segment i
     a, b = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in (first, second))
     return [3] + a + [4] + b + [4], [0] * (len(a) + 2) + [1] * (len(b) + 1)
 
-def pretrain_bert(out:Path, config:PretrainConfig = PretrainConfig(pools=40, lr=2e-3), resume:bool = True, progress:bool = True) -> list: # Rows of the log
+BERT_CONFIG = PretrainConfig(pools=40, lr=2e-3, fall=.95, cooldown=0.)
+
+def pretrain_bert(out:Path, config:PretrainConfig = BERT_CONFIG, resume:bool = True, progress:bool = True) -> list: # Rows of the log
     """Train pocket-bert by filling in masked words: 30 % are chosen, and of them 80 % masked, 10 % replaced at random, 10 % kept.
 
     Source: Devlin et al. (2019), section 3.1, who choose 15 %; Wettig et al. (2023) find that more is better for training time.
@@ -425,7 +492,7 @@ def run(
     A stopped run goes on from its last saved state. Raises `CourseError` for an unknown model name.
     """
     from cai_course.paths import data_dir
-    makers = {"pocket-t5": (pretrain_t5, PretrainConfig(seed=seed)), "pocket-bert": (pretrain_bert, PretrainConfig(pools=40, lr=2e-3, seed=seed))}
+    makers = {"pocket-t5": (pretrain_t5, PretrainConfig(seed=seed)), "pocket-bert": (pretrain_bert, replace(BERT_CONFIG, seed=seed))}
     if only is not None and only not in makers:
         raise CourseError(f"there is no pocket model {only!r}; choose one of {', '.join(makers)}, or leave it out for both.")
     out = Path(out) if out else data_dir() / "models"
@@ -479,7 +546,7 @@ def _revision_cases(policy, asked, rng, unseen) -> dict:
         before, after = world.judge(one.text, text), world.judge(one.text, new)
         if before.harmful and set(before.kinds) & scope.faults:
             if not scope.terse: mends.append(float(after.harmful == 0 and after.explains > 0))
-        elif world.critique(before, text, scope).startswith("There is nothing wrong"): alone.append(float(new.strip() == text))
+        elif world.critique(before, text, scope) == world.NOTHING_WRONG: alone.append(float(new.strip() == text))
     return {"critique": [float(words.strip() == truth[1]) for words, truth in zip(said, truths)], "revision mends": mends, "revision leaves alone": alone}
 
 def _judge_cases(policy, draw, n, rng, unseen) -> dict:

@@ -1,6 +1,7 @@
 """The making of the pocket models: tokenizer, lessons, resume, and what is shipped."""
 import json
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -55,9 +56,21 @@ def test_the_fast_copy_computes_the_same(tokenizer, dtype, tolerance):
     assert abs(slow_sum - fast_sum) / slow_sum < tolerance
 
 
+def test_the_learning_rate_warms_up_falls_and_cools_down_to_nothing(tmp_path, monkeypatch):
+    rates, learn = [], pretrain.Trainer.learn
+    def watched(trainer, loss):
+        norm = learn(trainer, loss)
+        rates.append(trainer.optimizer.param_groups[0]["lr"])
+        return norm
+    monkeypatch.setattr(pretrain.Trainer, "learn", watched)
+    pretrain.pretrain_t5(tmp_path, replace(SMALL, pools=4, cooldown=.5), progress=False)
+    half = len(rates) // 2
+    assert rates[0] < max(rates) and rates.index(max(rates)) < half
+    assert rates[half:] == sorted(rates[half:], reverse=True) and rates[-1] < .3 * rates[half]
+
+
 def test_a_stopped_run_goes_on_to_the_same_weights(tmp_path):
     whole = pretrain.pretrain_t5(tmp_path / "whole", SMALL, progress=False)
-    from dataclasses import replace
     class Stop(Exception): pass
     saved = pretrain.Trainer.save
     def save_and_stop(self):
