@@ -143,7 +143,7 @@ REPEATED_ERRORS = Experiment(
 def _tuned(policy, rows, seed): # `policy` with a fresh adapter, fine-tuned on rows with `prompt` and `response`
     from cai_course.models import sft
     policy.start_adapter(r=16, seed=seed)
-    sft(policy, [row["prompt"] for row in rows], [row["response"] for row in rows], epochs=3, lr=2e-3, batch_size=16,
+    sft(policy, [row["prompt"] for row in rows], [row["response"] for row in rows], epochs=6, lr=2e-3, batch_size=16,
         seed=seed, progress=False)
     return policy
 
@@ -438,7 +438,7 @@ def measure_rounds(seed:int)->dict: # harm, help and evasive for `once` and `rou
             revised = critique_and_revise(frozen, mine, _answers(policy, mine, seed, 1.), "course", rounds=1, seed=seed,
                                           temperature=.3, progress=False)
             rows = sl_dataset(mine, revised, others, _answers(policy, others, seed, .3), ratio=None, seed=seed)
-            sft(policy, [r["prompt"] for r in rows], [r["response"] for r in rows], epochs=2, lr=2e-3, batch_size=16,
+            sft(policy, [r["prompt"] for r in rows], [r["response"] for r in rows], epochs=6, lr=2e-3, batch_size=16,
                 seed=seed, progress=False)
         for value, group in (("harmful", "harmful"), ("evasive", "harmful"), ("helpful", "benign")):
             if (name, group) not in out: out[name, group] = _answers(policy, asked[group], seed)
@@ -454,7 +454,7 @@ ROUNDS = Experiment(
     source="after Bai et al. (2022), 2204.05862, section 4.5, iterated online training; theirs is about preferences")
 
 # %% ../nbs/14_choosing.ipynb #a82c4fe3
-SMALL = dict(red_team=72, revisions=1, sft_epochs=3, batch_size=16, preferences=36, human_pairs=24, reward_epochs=2,
+SMALL = dict(red_team=72, revisions=1, sft_epochs=6, batch_size=16, preferences=36, human_pairs=24, reward_epochs=2,
              steps=3, rl_batch=16, evaluation=16, max_new_tokens=40) # settings of `align` for a comparison in minutes
 
 def compare_constitutions(

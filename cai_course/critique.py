@@ -540,7 +540,7 @@ def measure_training(
     good = policy.generate(kind, temperature=.3, seed=seed, progress=False)
     asked = {group: [r.text for r in requests(group, "heldout", limit=100, seed=seed)] for group in ("harmful", "benign")}
     out = dict(harm=[], help=[], evasive=[])
-    for steps, epochs in ((None, 0), ("final", 3), ("all", 2)):
+    for steps, epochs in ((None, 0), ("final", 6), ("all", 4)):
         if steps:
             policy = load_policy("pocket-t5").start_adapter(seed=seed)
             rows = sl_dataset(red, records, kind, good, steps=steps, seed=seed)
