@@ -475,7 +475,7 @@ def hack(
     proxy:Callable, # The reward function that PPO sees
     seed:int=0, # Of prompts, adapter and samples
     beta:float=0., # Price of drift, reward per nat
-    steps:int=10, # PPO steps of 32 replies
+    steps:int=24, # PPO steps of 32 replies; fewer do not raise the proxy much
     lr:float=5e-3, # High, to get far in few steps
     model:str="pocket-t5", # Any name that `load_policy` takes
 )->HackRun: # See there
