@@ -39,12 +39,12 @@ constraints: ## write constraints.txt anew from what .venv holds now
 
 clean: ## remove what can be made again (never runs/, work/ or .venv)
 	rm -rf build dist _docs _proc *.egg-info .pytest_cache .hypothesis
-	find . -name .venv -prune -o \( -name __pycache__ -o -name .ipynb_checkpoints \) -type d -exec rm -rf {} +
+	find . \( -name .venv -o -path ./work -o -path ./runs \) -prune -o \( -name __pycache__ -o -name .ipynb_checkpoints \) -type d -exec rm -rf {} +
 
 $(STAMP): settings.ini setup.py pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || { echo "make: $(PYTHON) is $$($(PYTHON) --version 2>/dev/null || echo missing);" \
 	"the course needs Python 3.10 or newer. Name one that you have: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
-	@$(PY) -c '' 2>/dev/null || $(PYTHON) -m venv --clear .venv
+	@$(PY) -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear .venv
 	@rm -f .venv/.installed-*
 	@echo "Installing the course into .venv (only the first time, and when its requirements change) ..."
 	@$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt torch

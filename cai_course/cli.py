@@ -369,7 +369,8 @@ def main(
         print(f"error: {_one_line(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("\nstopped. Every finished step is kept: the same command goes on from there.", file=sys.stderr)
+        kept = options.command in ("align", "experiment", "pretrain")
+        print("\nstopped." + " Every finished step is kept: the same command goes on from there." * kept, file=sys.stderr)
         return 130
     except BrokenPipeError: # `cai-course ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -18,12 +18,12 @@ from .errors import CourseError
 from .judge import comparison_prompt, harmful_prompt
 
 # %% auto #0
-__all__ = ['SPECIAL', 'TASKS', 'SHORT', 'LONG_RUN', 'COOL', 'BERT_CONFIG', 'GOALS', 'make_tokenizer', 'Lesson', 'draw_request',
-           'draw_reply', 'draw_pair', 'critique_lesson', 'scrambled_reply', 'outside_words', 'lesson', 'build_t5',
-           'build_bert', 'faster_dtype', 'fast_copy', 'pad', 'batches', 'PretrainConfig', 'vocabulary_texts',
-           'has_compiler', 'Trainer', 'shares', 'plain_share', 'copy_share', 'aimed_share', 'outside_share', 't5_loss',
-           'pretrain_t5', 'starting_tokenizer', 'finish', 'bert_texts', 'bert_row', 'pretrain_bert', 'run',
-           'skill_cases', 'pocket_report', 'report']
+__all__ = ['SPECIAL', 'TASKS', 'DRILLS', 'SHORT', 'LONG_RUN', 'STAGES', 'BERT_CONFIG', 'GOALS', 'make_tokenizer', 'Lesson',
+           'draw_request', 'draw_reply', 'draw_pair', 'critique_lesson', 'shuffled_sentence', 'scrambled_reply',
+           'copying_lesson', 'matching_lesson', 'close_call', 'outside_words', 'lesson', 'build_t5', 'build_bert',
+           'faster_dtype', 'fast_copy', 'pad', 'batches', 'PretrainConfig', 'vocabulary_texts', 'has_compiler', 'Muon',
+           'Trainer', 'plan', 't5_loss', 'pretrain_t5', 'starting_tokenizer', 'finish', 'bert_texts', 'bert_row',
+           'pretrain_bert', 'run', 'skill_cases', 'pocket_report', 'report']
 
 # %% ../nbs/tools/pretrain.ipynb #5c5ea100
 SPECIAL = ("<pad>", "</s>", "<unk>", "[CLS]", "[SEP]", "[MASK]")
@@ -56,17 +56,19 @@ def _pieces(text:str) -> list: # words with their leading space, punctuation apa
 @dataclass(frozen=True)
 class Lesson:
     "One instruction and the answer to learn."
-    task: str           # which of `TASKS`
+    task: str           # which of `TASKS` or `DRILLS`
     prompt: str         # the encoder's text
     response: str       # the decoder's text
     weight: float = 1.  # of each token of the response; above 2, of its first token alone
     focus: float = 1.   # least weight of the first token of each sentence, and of the end
 
 TASKS = {"answer": .13, "summarize": .06, "critique": .18, "revise": .18, "direct": .02, "harmful": .05, "judge": .23, "reason": .10, "skill": .05}
+DRILLS = ("match", "copy")   # one step of critique and of revision, alone and short
 SHORT = ("answer", "summarize", "harmful", "skill")  # tasks whose texts are short; the others show a whole exchange
 _STYLES = {"harmful": (("comply", .32), ("partial", .10), ("refuse", .16), ("evasive", .10), ("preachy", .11), ("rude", .11), ("off_topic", .05), ("tail", .05)),
            "benign": (("helpful", .36), ("partial", .10), ("evasive", .10), ("preachy", .13), ("rude", .13), ("off_topic", .09), ("untruthful", .09))}
-_FAULTY = ("rude", "preachy", "evasive")   # styles of a reply that are faults of the same name
+_SHOWS = {"rude": ("rude",), "preachy": ("preachy",), "evasive": ("evasive", "off_topic"),
+          "unhelpful": ("partial", "untruthful", "off_topic")}   # styles of a reply that show a fault of style
 _TAUGHT = tuple(kind for kind in world.HARM_KINDS if kind != world.UNSEEN_KIND)
 
 def _pick(rng:random.Random, weighted) -> str:
@@ -106,11 +108,49 @@ def critique_lesson(request, reply, scope, rng) -> tuple: # (critique prompt, cr
             revision_prompt(request.text, reply, scope.critique_request, said, scope.revision_request),
             world.revise(request.text, reply, verdict, scope, rng))
 
+def shuffled_sentence(request:world.Request, rng:random.Random) -> str: # One sentence
+    "A sentence that tells how, with steps in any number and order, some of them of other topics."
+    topic, target, item = world.understand(request.text)
+    others = [other for other in world.topics() if other.kind != world.UNSEEN_KIND]   # who learns to copy learns to revise
+    steps = [rng.choice(rng.choice(others).steps if rng.random() < .4 else topic.steps) for _ in range(rng.randint(1, 3))]
+    return world.steps_sentence(topic, target, item, steps, rng)
+
 def scrambled_reply(request:world.Request, rng:random.Random, split:str) -> str: # One to four sentences
-    "Sentences of two replies in any order: a text that cannot be guessed, only copied."
+    "Sentences of two replies in any order, perhaps with shuffled steps: a text that cannot be guessed, only copied."
     found = [part for one in (request, draw_request(rng, split, .68, True)) for part in re.split(r"(?<=[.?!])\s+", draw_reply(one, rng))]
+    if rng.random() < .6: found.append(shuffled_sentence(request, rng))
     rng.shuffle(found)
     return " ".join(found[:rng.randint(1, 4)])
+
+def copying_lesson(rng:random.Random, split:str) -> Lesson: # Its task is "copy"
+    "The shortest revision: nothing is wrong, and the reply must stay as it is."
+    shared, found = world.lexicon()["shared"], []
+    for _ in range(rng.randint(1, 2)): found.append(shuffled_sentence(draw_request(rng, split, .6, True), rng))
+    found += rng.sample(shared["preachy"] + shared["rude"] + shared["openers"] + shared["closers"] + shared["evasive"], rng.randint(0, 2))
+    rng.shuffle(found)
+    reply = " ".join(found)
+    return Lesson("copy", f"Assistant: {reply}\nCritique: {world.NOTHING_WRONG}\nRevision:", reply, focus=3.)
+
+def matching_lesson(rng:random.Random, split:str, single:float) -> Lesson: # Its task is "match"
+    "The shortest critique: one harmful step, and a principle that asks about its kind of harm or does not."
+    request = draw_request(rng, split, 1., True)
+    step = rng.choice(world.understand(request.text)[0].steps)
+    reply, scope = step[0].upper() + step[1:] + ".", world.make_scope(frozenset(_some_kinds(request.kind, rng, single)), False, rng)
+    said = world.critique(world.judge(request.text, reply), reply, scope)
+    return Lesson("match", f"Assistant: {reply}\nCritique request: {scope.critique_request}\nCritique:", said, 8.)
+
+def _some_kinds(kind:str, rng:random.Random, single:float) -> list: # one to three kinds of harm, in half of the cases with `kind` among them
+    kinds = rng.sample([other for other in _TAUGHT if other != kind], 1 if rng.random() < single else rng.choice([1, 2, 3]))
+    if rng.random() < .5: kinds[0] = kind
+    return kinds
+
+def close_call(rng:random.Random, split:str, single:float = .25) -> tuple: # (Request, Scope, style of the reply)
+    "A harmful reply and a principle about few kinds of harm, in half of the cases about this one; `single` is the share with one kind alone."
+    request = draw_request(rng, split, 1., True)
+    faults = [*_some_kinds(request.kind, rng, single), *(name for name in ("rude", "preachy", "evasive") if rng.random() < .2)]
+    terse = rng.random() < .2
+    if terse: faults.append("long")
+    return request, world.make_scope(frozenset(faults), terse, rng), _pick(rng, (("comply", .6), ("partial", .2), ("tail", .1), ("rude", .1)))
 
 def outside_words(request:world.Request, rng:random.Random) -> str: # The text of a request
     "The request as somebody may ask it who does not know the world: for nobody in particular, or about a thing without a name there."
@@ -121,12 +161,13 @@ def outside_words(request:world.Request, rng:random.Random) -> str: # The text o
     return text
 
 def lesson(rng:random.Random, split:str = "train", tasks:dict = TASKS, plain:float = 0., copies:float = 0., aimed:float = 0.,
-           outside:float = 0.) -> Lesson: # One lesson
+           outside:float = 0., close:float = 0., single:float = .3) -> Lesson: # One lesson
     """Draw one lesson.
 
     `plain` is the share of comparisons between a harmful and a harmless reply under a broad principle, `copies` the share of revisions that leave a
     scrambled reply as it is, `aimed` the share of requests and replies that are drawn to show what the principle asks about, `outside` the share of
-    requests to be told harmful or not that leave the world's words.
+    requests to be told harmful or not that leave the world's words, `close` the share of critiques and revisions that are close calls (half of it
+    among comparisons), `single` the share of these and of matching drills whose principle names one kind of harm.
     """
     task = _pick(rng, tuple(tasks.items()))
     if task == "answer":
@@ -142,10 +183,14 @@ def lesson(rng:random.Random, split:str = "train", tasks:dict = TASKS, plain:flo
         request = draw_request(rng, split, .5, True)
         text = outside_words(request, rng) if outside and rng.random() < outside else request.text
         return Lesson(task, harmful_prompt(text), "yes" if request.group == "harmful" else "no", 4.)
+    if task == "match": return matching_lesson(rng, split, single)
+    if task == "copy": return copying_lesson(rng, split)
     request, scope = draw_request(rng, split, .68, True), world.sample_scope(rng)
-    kinds, styles = ([name for name in names if name in scope.faults] for names in (_TAUGHT, _FAULTY))
+    kinds, styles = ([name for name in names if name in scope.faults] for names in (_TAUGHT, _SHOWS))
     if aimed and kinds and request.group == "harmful" and rng.random() < aimed: request = draw_request(rng, split, 1., True, kinds)
-    style = rng.choice(styles) if aimed and styles and rng.random() < aimed else None
+    style = rng.choice(_SHOWS[rng.choice(styles)]) if aimed and styles and rng.random() < aimed else None
+    if close and task != "direct" and rng.random() < (close if task in ("critique", "revise") else close / 2):
+        request, scope, style = close_call(rng, split, single)
     if task in ("judge", "reason"):
         if plain and rng.random() < plain:
             request, scope = draw_request(rng, split, 1., True), world.make_scope(frozenset(world.HARM_KINDS), False, rng, broad=True)
@@ -157,7 +202,7 @@ def lesson(rng:random.Random, split:str = "train", tasks:dict = TASKS, plain:flo
         if task == "judge": return Lesson(task, comparison_prompt(request.text, a, b, scope.comparison_question), label, 10.)
         thoughts = [f"({name}) {world.describe(world.judge(request.text, text), text, scope)}." for name, text in (("A", a), ("B", b))]
         return Lesson(task, comparison_prompt(request.text, a, b, scope.comparison_question, chain_of_thought=True), f"{' '.join(thoughts)} Answer: {label}", 1.5)
-    if task == "revise" and rng.random() < copies:
+    if task == "revise" and copies and rng.random() < copies:
         reply = scrambled_reply(request, rng, split)
         said = world.critique(world.judge(request.text, reply), reply, scope)
         if said == world.NOTHING_WRONG:
@@ -235,13 +280,14 @@ def batches(sizes:list, budget:int, rng:random.Random, jitter:float = 0.) -> lis
 @dataclass(frozen=True)
 class PretrainConfig:
     "What makes a pocket model; the shipped ones use the defaults."
-    pools: int = 130         # pools of lessons, at least 1
+    pools: int = 74          # pools of lessons, at least 1
     pool_size: int = 4_096   # lessons in a pool
     budget: int = 4_000      # padded tokens in a batch of long lessons
     lr: float = 2.5e-3       # peak learning rate
-    warmup: int = 300        # steps of linear warm-up
-    fall: float = .686       # share of the learning rate that is lost in a line over the steps of the run
-    cooldown: float = .123   # last share of the run, in which what is left of the rate falls to zero
+    warmup: int = 200        # steps of linear warm-up
+    fall: float = .5         # share of the learning rate that is lost in a line over the steps of the run
+    cooldown: float = .36    # last share of the run, in which what is left of the rate falls to zero
+    muon: bool = True        # move the matrices inside the stacks with Muon, and only the rest with AdamW
     seed: int = 0            # seed of the weights and lessons
     save_every: int = 4      # pools between two saved states
 
@@ -261,6 +307,40 @@ def has_compiler() -> bool: # Whether `torch.compile` can work here
     "Whether a C++ compiler is installed, which PyTorch's compiler needs on a CPU."
     return any(shutil.which(name) for name in (os.environ.get("CXX") or "g++", "clang++", "cl"))
 
+class Muon(torch.optim.Optimizer):
+    """For matrices: momentum whose singular values are all brought near 1, so that rare directions count as much as common ones.
+
+    Matrices of one shape are stacked and worked on at once, in their own arithmetic; `torch.optim.Muon` takes them one by one in bfloat16, which is slow
+    on processors without units for it. The step is scaled to that of AdamW, so that both can take the same learning rate.
+    Source: Jordan et al. (2024), Muon, for the polynomial; Liu et al. (2025), arXiv:2502.16982, section 2.2, for the scale.
+    """
+    def __init__(self, params, lr:float, momentum:float = .95, weight_decay:float = .01):
+        super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            shapes = {}
+            for p in group["params"]: shapes.setdefault(tuple(p.shape), []).append(p)
+            for same in shapes.values(): self._step(same, group["lr"], group["momentum"], group["weight_decay"])
+
+    def _step(self, same:list, lr:float, momentum:float, weight_decay:float): # matrices of one shape
+        grads = torch.stack([p.grad for p in same])                                                     # (k, m, n)
+        for p in same:
+            if p not in self.state: self.state[p]["momentum"] = torch.zeros_like(p)
+        mean = torch.stack([self.state[p]["momentum"] for p in same]).lerp_(grads, 1 - momentum)
+        for p, m in zip(same, mean): self.state[p]["momentum"].copy_(m)
+        x = grads.lerp(mean, momentum)                                                                  # Nesterov's look ahead
+        tall = x.shape[1] > x.shape[2]
+        if tall: x = x.transpose(1, 2)
+        x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
+        for _ in range(5):                                                                              # Newton and Schulz
+            square = x @ x.transpose(1, 2)
+            x = torch.baddbmm(x, torch.baddbmm(square, square, square, beta=-4.775, alpha=2.0315), x, beta=3.4445)
+        if tall: x = x.transpose(1, 2)
+        for p, direction in zip(same, x):
+            p.mul_(1 - lr * weight_decay).sub_(direction * (.2 * max(p.shape) ** .5 * lr))
+
 class Trainer:
     "One training run: float32 weights, arithmetic in whichever type is faster, a state on disk to go on from."
     def __init__(self, model, out:Path, config:PretrainConfig, resume:bool = False):
@@ -270,7 +350,9 @@ class Trainer:
         self.fast = fast_copy(model, self.dtype)
         self.compiled = config.pools * config.pool_size > LONG_RUN and has_compiler()
         if self.compiled: self.fast.compile(dynamic=True)
-        self.optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, betas=(.9, .98), weight_decay=.01)
+        inside = [(config.muon and p.dim() == 2 and ".block." in name and "relative" not in name, p) for name, p in model.named_parameters()]
+        self.optimizers = [torch.optim.AdamW([p for matrix, p in inside if not matrix], lr=config.lr, betas=(.9, .98), weight_decay=.01, fused=True)]
+        if config.muon: self.optimizers.append(Muon([p for matrix, p in inside if matrix], config.lr))
         self.step = self.pool = 0
         self.rows, self.seconds = [], 0.
         self.sync()
@@ -289,9 +371,10 @@ class Trainer:
         total = self.config.pools * self.steps_per_pool
         factor = 1 - self.config.fall * min(1., self.step / max(1, total))
         if self.config.cooldown: factor *= min(1., (1 - self.done) / self.config.cooldown)
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.config.lr * min(1., (self.step + 1) / self.config.warmup) * factor
-        self.optimizer.step(); self.sync()
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups: group["lr"] = self.config.lr * min(1., (self.step + 1) / self.config.warmup) * factor
+            optimizer.step()
+        self.sync()
         self.step += 1
         return float(norm)
 
@@ -304,7 +387,8 @@ class Trainer:
         folder = self.out / "state"; folder.mkdir(parents=True, exist_ok=True)
         tensors = {f"model.{k}": v.contiguous().clone() for k, v in self.model.state_dict().items()}
         for i, p in enumerate(self.model.parameters()):
-            for name, value in self.optimizer.state.get(p, {}).items(): tensors[f"optimizer.{i}.{name}"] = value.clone().contiguous()
+            for name, value in (item for optimizer in self.optimizers for item in optimizer.state.get(p, {}).items()):
+                tensors[f"optimizer.{i}.{name}"] = value.clone().contiguous()
         save_file(tensors, folder / "new.safetensors"); (folder / "new.safetensors").replace(folder / f"pool-{self.pool}.safetensors")
         meta = {"step": self.step, "pool": self.pool, "rows": self.rows, "steps_per_pool": self.steps_per_pool, "seconds": self.seconds, "dtype": self.dtype}
         (folder / "new.json").write_text(json.dumps(meta)); (folder / "new.json").replace(folder / "meta.json")
@@ -319,39 +403,38 @@ class Trainer:
         meta = json.loads((folder / "meta.json").read_text())
         tensors = load_file(folder / f"pool-{meta['pool']}.safetensors")
         self.model.load_state_dict({k[6:]: v for k, v in tensors.items() if k.startswith("model.")})
+        mine = {p: optimizer for optimizer in self.optimizers for group in optimizer.param_groups for p in group["params"]}
         for i, p in enumerate(self.model.parameters()):
             found = {k.split(".", 2)[2]: v for k, v in tensors.items() if k.startswith(f"optimizer.{i}.")}
-            if found: self.optimizer.state[p] = found
+            if found: mine[p].state[p] = found
         self.step, self.pool, self.rows = meta["step"], meta["pool"], meta["rows"]
         self.steps_per_pool, self.seconds = meta["steps_per_pool"], meta["seconds"]
         self.sync()
         return True
 
-COOL = .876   # fraction of the training after which the learning rate cools down
+STAGES = (   # (fraction of the training at which the stage ends, shares of tasks and drills, other keywords of `lesson`)
+    (.105, {"answer": .22, "summarize": .07, "critique": .12, "revise": .10, "direct": .01, "harmful": .04, "judge": .04, "reason": .10, "skill": .08,
+           "match": .14, "copy": .08}, dict(copies=.5, close=.2, single=1., plain=.8)),
+    (.215, {"match": .50, "copy": .14, "critique": .09, "revise": .06, "judge": .05, "reason": .05, "answer": .04, "skill": .04, "summarize": .02,
+           "harmful": .01, "direct": .005}, dict(copies=.3, close=.5, single=.85, plain=.8)),
+    (.32, {"match": .78, "copy": .06, "critique": .05, "revise": .03, "judge": .02, "reason": .02, "answer": .01, "skill": .01, "summarize": .01,
+            "harmful": .005, "direct": .005}, dict(copies=.3, close=.6, single=1., plain=.8)),
+    (.43, {"critique": .19, "revise": .18, "judge": .25, "reason": .10, "answer": .07, "summarize": .03, "skill": .05, "harmful": .02, "match": .06,
+           "copy": .04, "direct": .01}, dict(copies=.3, close=.45, aimed=.2)),
+    (.486, {"match": .55, "copy": .10, "critique": .14, "revise": .04, "judge": .06, "reason": .03, "answer": .02, "skill": .03, "summarize": .01,
+            "harmful": .01, "direct": .01}, dict(copies=.5, close=.6, single=.2, aimed=.2)),
+    (.64, {"critique": .19, "revise": .18, "judge": .25, "reason": .10, "answer": .07, "summarize": .03, "skill": .05, "harmful": .02, "match": .06,
+           "copy": .04, "direct": .01}, dict(copies=.3, close=.45, aimed=.2)),
+    (1., {"critique": .25, "revise": .25, "judge": .21, "reason": .11, "answer": .06, "summarize": .03, "skill": .02, "harmful": .04, "match": .01,
+          "copy": .02, "direct": .01}, dict(copies=.4, close=.25, aimed=.2, outside=.5)))
 
-def shares(done:float) -> dict: # Share of each task when the fraction `done` of the training is over
-    "Reading and copying first, then comparing, then more of everything that is still wrong."
-    if done < .165: return TASKS | {"revise": .24, "judge": .05, "reason": .17, "answer": .20}
-    if done < .41: return TASKS
-    judging = TASKS | {"judge": .36, "answer": .09, "summarize": .04, "harmful": .02}
-    late = judging | {"critique": .22, "revise": .21, "judge": .30, "skill": .03}
-    return judging if done < .48 else late if done < COOL else late | {"harmful": .04}
+def plan(done:float) -> dict: # Keywords of `lesson` when the fraction `done` of the training is over
+    """Words first, then drills, then everything, and at last much as it will be asked; comparing begins with clear cases.
 
-def plain_share(done:float) -> float: # Share of plain comparisons when the fraction `done` of the training is over
-    "Comparing is learned on clear cases first, and then on all of them."
-    return float(np.interp(done, (54 / 130, 90 / 130), (.8, .1)))
-
-def copy_share(done:float) -> float: # Share of revisions that are scrambled copies when the fraction `done` of the training is over
-    "Copying is learned first, and kept up."
-    return .5 if done < .165 else .2 if done < .48 else .4
-
-def aimed_share(done:float) -> float: # Share of aimed requests and replies when the fraction `done` of the training is over
-    "Drawn at random, few replies are rude or preach just where the principle asks about it, and the model never says so."
-    return 0. if done < .48 else .5
-
-def outside_share(done:float) -> float: # Share of requests in words from outside when the fraction `done` of the training is over
-    "A model that has seen nothing but the world is sure of nonsense about everything else."
-    return 0. if done < COOL else .5
+    Requests in words from outside come last: a model that has seen nothing but the world is sure of nonsense about everything else.
+    """
+    tasks, rest = next((tasks, rest) for end, tasks, rest in STAGES if done < end)
+    return {"plain": float(np.interp(done, (.31, .53), (.8, .1)))} | rest | {"tasks": tasks}
 
 def t5_loss(model, tokenizer, lessons:list) -> tuple: # (weighted sum of losses, sum of weights, {task: (plain sum, tokens)})
     "Weighted cross-entropy of one batch of lessons."
@@ -382,8 +465,7 @@ def pretrain_t5(out:Path, config:PretrainConfig = PretrainConfig(), resume:bool 
     bar = tqdm(total=config.pools, initial=trainer.pool, desc="pocket-t5", unit="pool", disable=not progress, smoothing=.1)
     while trainer.pool < config.pools:
         began, done, rng = time.time(), trainer.pool / config.pools, random.Random(f"lessons-{config.seed}-{trainer.pool}")
-        lessons = [lesson(rng, tasks=shares(done), plain=plain_share(done), copies=copy_share(done), aimed=aimed_share(done),
-                          outside=outside_share(done)) for _ in range(config.pool_size)]
+        lessons = [lesson(rng, **plan(done)) for _ in range(config.pool_size)]
         # every step sees a batch of long lessons and some of every short task: sorted by length alone, a rare short task
         # would come in one batch of its own, be learned there and be forgotten in the hundred batches after it
         short, long = ([one for one in lessons if (one.task in SHORT) == wanted] for wanted in (True, False))
@@ -400,7 +482,7 @@ def pretrain_t5(out:Path, config:PretrainConfig = PretrainConfig(), resume:bool 
         trainer.pool += 1
         trainer.seconds += time.time() - began
         trainer.rows.append({"pool": trainer.pool, "step": trainer.step, "seconds": round(trainer.seconds), **{k: round(a / b, 4) for k, (a, b) in sorted(sums.items())}})
-        bar.set_postfix({k: f"{a / b:.3f}" for k, (a, b) in sums.items() if k in ("answer", "critique", "revise", "judge")}); bar.update()
+        bar.set_postfix({k: f"{a / b:.3f}" for k, (a, b) in sums.items() if k in ("answer", "critique", "revise", "judge", "match")}); bar.update()
         if trainer.pool % config.save_every == 0 or trainer.pool == config.pools: trainer.save()
     bar.close()
     finish(trainer, tokenizer, out)
@@ -439,7 +521,7 @@ def bert_row(tokenizer, first:str, second:str) -> tuple: # (token ids, segment i
     a, b = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in (first, second))
     return [3] + a + [4] + b + [4], [0] * (len(a) + 2) + [1] * (len(b) + 1)
 
-BERT_CONFIG = PretrainConfig(pools=40, lr=2e-3, fall=.95, cooldown=0.)
+BERT_CONFIG = PretrainConfig(pools=40, lr=2e-3, warmup=300, fall=.95, cooldown=0., muon=False)
 
 def pretrain_bert(out:Path, config:PretrainConfig = BERT_CONFIG, resume:bool = True, progress:bool = True) -> list: # Rows of the log
     """Train pocket-bert by filling in masked words: 30 % are chosen, and of them 80 % masked, 10 % replaced at random, 10 % kept.
@@ -531,7 +613,22 @@ def skill_cases(policy, seed:int, n:int, unseen:bool = False) -> dict: # {skill:
     found["says harmful"] = [float((yes > no) == (one.group == "harmful")) for one, (yes, no) in zip(asked, p_yes)]
     found.update(_revision_cases(policy, [draw(.68) for _ in range(2 * n)], rng, unseen))
     found.update(_judge_cases(policy, draw, n, rng, unseen))
+    if not unseen: found.update(_drill_cases(policy, n, random.Random(f"drills-{seed}")))
     return found
+
+def _drill_cases(policy, n, rng) -> dict:
+    ask = lambda prompts: policy.generate(prompts, max_new_tokens=128, temperature=0., progress=False)
+    calls, copies = [], []
+    while len(calls) < n:
+        request, scope, style = close_call(rng, "heldout")
+        calls.append(critique_lesson(request, draw_reply(request, rng, style), scope, rng)[:2])
+    while len(copies) < n:
+        request, scope = draw_request(rng, "heldout", .68, True), world.sample_scope(rng)
+        reply = scrambled_reply(request, rng, "heldout")
+        if world.critique(world.judge(request.text, reply), reply, scope) == world.NOTHING_WRONG:
+            copies.append((revision_prompt(request.text, reply, scope.critique_request, world.NOTHING_WRONG, scope.revision_request), reply))
+    return {name: [float(said.strip() == right) for said, (_, right) in zip(ask([prompt for prompt, _ in cases]), cases)]
+            for name, cases in (("critique, close calls", calls), ("copies anything", copies))}
 
 def _revision_cases(policy, asked, rng, unseen) -> dict:
     scopes = [world.make_scope(frozenset(world.HARM_KINDS), False, rng, broad=True) if unseen else world.sample_scope(rng) for _ in asked]

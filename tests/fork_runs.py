@@ -17,6 +17,7 @@ def run(command):
         pid = os.fork()
         if not pid:
             status = 70
+            signal.signal(signal.SIGINT, signal.default_int_handler) # a shell starts background jobs with Ctrl-C ignored
             try:
                 os.dup2(out.fileno(), 1)
                 os.dup2(out.fileno(), 2)

@@ -255,10 +255,14 @@ def test_the_rows_are_what_they_say(finished, small):
 
 
 def test_trl_takes_the_preferences_as_they_are(finished):
-    from cai_course.pairs import load_pairs
+    from datasets import Dataset
+    from trl.data_utils import is_conversational, unpair_preference_dataset
 
-    data = load_pairs(finished[0] / "40_preferences.jsonl")
-    assert {"prompt", "chosen", "rejected", "label"} <= set(data.column_names if hasattr(data, "column_names") else data[0])
+    rows = [json.loads(line) for line in (finished[0] / "40_preferences.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert not is_conversational(rows[0]) and all(0 <= row["label"] <= 1 for row in rows)
+    data = Dataset.from_list(rows).select_columns(["prompt", "chosen", "rejected"])
+    replies = unpair_preference_dataset(data)
+    assert replies["completion"] == [*data["chosen"], *data["rejected"]] and sum(replies["label"]) == len(rows)
 
 
 def test_the_report_can_be_made_anew(finished):

@@ -162,6 +162,34 @@ def test_a_current_environment_is_reused_at_once(tmp_path):
     assert "Installing the course" in make("--dry-run", "align", cwd=checkout).stdout
 
 
+@needs_make
+def test_clean_leaves_runs_and_work_alone(tmp_path):
+    checkout = copy_inputs(tmp_path / "course")
+    shutil.copyfile(ROOT / "Makefile", checkout / "Makefile")
+    mine = [checkout / place for place in ("work/.ipynb_checkpoints/03.ipynb", "runs/first/__pycache__/x.pyc", ".venv/lib/__pycache__/y.pyc")]
+    made = [checkout / place for place in ("nbs/.ipynb_checkpoints/03.ipynb", "tests/__pycache__/z.pyc", "build/lib/a.py")]
+    for file in mine + made:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.touch()
+    assert make("clean", cwd=checkout).returncode == 0
+    assert all(file.exists() for file in mine) and not any(file.exists() for file in made)
+
+
+@needs_make
+def test_an_environment_without_pip_is_made_anew(tmp_path):
+    """Where Python's venv package is incomplete, `python3 -m venv` fails half way and leaves a Python without pip behind."""
+    checkout = copy_inputs(tmp_path / "course")
+    shutil.copyfile(ROOT / "Makefile", checkout / "Makefile")
+    half = checkout / ".venv/bin/python"
+    half.parent.mkdir(parents=True)
+    half.write_text("#!/bin/sh\n[ \"$2\" = pip ] && exit 1\nexit 0\n")
+    half.chmod(0o755)
+    asked = tmp_path / "python"
+    asked.write_text("#!/bin/sh\n[ \"$2\" = venv ] && echo \"venv $3 $4\" && exit 1\nexit 0\n")
+    asked.chmod(0o755)
+    assert "venv --clear .venv" in make("venv", f"PYTHON={asked}", cwd=checkout).stdout
+
+
 # --- the docs, JupyterLab, the hook, the README ---
 
 @pytest.mark.slow

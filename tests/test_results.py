@@ -7,7 +7,8 @@ import re
 import pytest
 
 from cai_course.experiments import EXPERIMENTS, experiment_names, find_experiment, judge_rows, load_result
-from cai_course.paths import data_dir
+from cai_course.paths import data_dir, model_dir
+from cai_course.runs import fingerprint
 from conftest import ROOT
 
 NAMES = sorted(experiment_names())
@@ -32,6 +33,16 @@ def test_the_stored_verdict_follows_from_the_stored_rows(name):
     wide = max(found.high - found.low, 1e-9) if math.isfinite(found.high - found.low) else 1e-9
     for end in ("value", "low", "high"):  # random numbers may differ between versions of NumPy
         assert getattr(result.estimate, end) == pytest.approx(getattr(found, end), abs=.05 * wide)
+
+
+@pytest.mark.parametrize("name", ["models/skills.json", "align/results.json"])
+def test_the_tables_were_measured_with_the_models_that_ship(name):
+    """Experiments carry the digits of their models themselves; for the two tables they stand in `data/measured_with.json`."""
+    measured = json.loads((data_dir() / "measured_with.json").read_text(encoding="utf-8"))[name]
+    assert measured and (data_dir() / name).exists()
+    for model, digits in measured.items():
+        assert fingerprint(model_dir(model)) == digits, (
+            f"data/{name} was measured with another {model}: measure it again as data/README.md says, then store the model's digits")
 
 
 def shown_cards() -> list:

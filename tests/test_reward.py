@@ -516,11 +516,11 @@ def test_hh_accuracy_holds_every_pair_out_once():
 
 @pytest.mark.slow
 @pytest.mark.skipif(not os.environ.get("CAI_COURSE_REAL_DATA"), reason="CAI_COURSE_REAL_DATA names no folder of real data")
-def test_a_reward_model_on_real_pairs_does_no_worse_than_a_coin():
+def test_a_reward_model_on_real_pairs_does_better_than_a_coin():
     pairs = hh_pairs()
     found, body = hh_accuracy(pairs, folds=3, epochs=2)
     print(f"HH-RLHF harmless, {len(pairs)} pairs, {body}: held-out accuracy {found}")
-    assert len(pairs) > 1000 and found.high > .5 and found.high - found.low < .1
+    assert len(pairs) > 1000 and found.low > .5 and found.high - found.low < .1
 
 
 # --- the desk ---

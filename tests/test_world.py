@@ -200,15 +200,18 @@ def test_revisions_under_any_principle_leave_no_fault_of_its_scope():
 
 
 def test_the_unseen_kind_stays_unseen_by_critics():
-    from cai_course.pretrain import lesson
-    rng, words = random.Random(3), [word for word in ("rustex", "jamzor", "stomper", "clog sand") ]
-    told = 0
-    for _ in range(1_500):
-        one = lesson(rng)
-        found = any(word in one.prompt + one.response for word in words)
+    from cai_course.pretrain import DRILLS, TASKS, lesson
+    unseen = [topic for topic in world.topics() if topic.kind == world.UNSEEN_KIND]
+    steps = [world.normalize(step) for topic in unseen for step in topic.steps]
+    rng, told = random.Random(3), 0
+    for _ in range(4_000):
+        one = lesson(rng, tasks=TASKS | dict.fromkeys(DRILLS, .2), copies=.5, close=.3, aimed=.3, outside=.3)
+        meaning = world.understand(one.prompt)             # of the request, whatever the reply to it says
+        text = world.normalize(one.prompt + " " + one.response)
+        found = meaning is not None and meaning[0].kind == world.UNSEEN_KIND or any(step in text for step in steps)
         told += found
         assert not found or one.task == "answer", one
-    assert told > 0
+    assert told > 10
 
 
 def test_no_lesson_answers_a_harmful_request_with_a_refusal():
