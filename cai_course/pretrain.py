@@ -352,7 +352,7 @@ class Trainer:
         if self.compiled: self.fast.compile(dynamic=True)
         inside = [(config.muon and p.dim() == 2 and ".block." in name and "relative" not in name, p) for name, p in model.named_parameters()]
         self.optimizers = [torch.optim.AdamW([p for matrix, p in inside if not matrix], lr=config.lr, betas=(.9, .98), weight_decay=.01, fused=True)]
-        if config.muon: self.optimizers.append(Muon([p for matrix, p in inside if matrix], config.lr))
+        if any(matrix for matrix, _ in inside): self.optimizers.append(Muon([p for matrix, p in inside if matrix], config.lr))
         self.step = self.pool = 0
         self.rows, self.seconds = [], 0.
         self.sync()
