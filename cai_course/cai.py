@@ -8,10 +8,10 @@ __all__ = ['FAST', 'STEPS', 'TEACHERS', 'SCALED_ON', 'TAUGHT', 'LONGER', 'LOOK',
            'distance_from_world', 'first_replies', 'first_revisions', 'sl_examples', 'train_sl_cai', 'reply_pairs',
            'ai_preferences', 'trusted_people', 'human_preferences', 'contrast_pairs', 'train_preference_model',
            'gold_reward', 'train_rl_cai', 'evaluation_tasks', 'evaluate_policy', 'word_distance', 'diversity_values',
-           'summarize', 'make_manifest', 'align', 'log_rows', 'revision_curve', 'report_page', 'outside_notes',
-           'rebuild_report', 'read_differences', 'first_phase', 'direct_reward', 'same_scale', 'rewards_of_teachers',
-           'top_phrase', 'help_at_harm', 'harmlessness_votes', 'wins_at_equal_length', 'measure_teachers',
-           'refuses_briefly', 'released_answers']
+           'summarize', 'make_manifest', 'align', 'log_rows', 'revision_curve', 'run_config', 'report_page',
+           'outside_notes', 'rebuild_report', 'read_differences', 'first_phase', 'direct_reward', 'same_scale',
+           'rewards_of_teachers', 'top_phrase', 'help_at_harm', 'harmlessness_votes', 'wins_at_equal_length',
+           'measure_teachers', 'refuses_briefly', 'released_answers']
 
 # %% ../nbs/13_rlaif.ipynb #2633f862
 import dataclasses
@@ -39,7 +39,7 @@ from .experiments import Experiment
 from .feedback import outlier_labelers, rankings_to_votes
 from .paths import model_dir
 from .report import MEASURES, STAGES, render_report
-from .runs import RunFolder, check_manifest, disk_errors, fingerprint, jsonable, read_prompts
+from .runs import RunFolder, check_manifest, disk_errors, fingerprint, jsonable, read_manifest, read_prompts
 from .stats import estimate, paired_difference
 
 # %% ../nbs/13_rlaif.ipynb #71fc2047
@@ -994,6 +994,17 @@ def _verdict_words(row):
     return "oracle: " + (", ".join(parts) or "nothing of note")
 
 
+def run_config(
+    folder: str | os.PathLike, # A run folder
+) -> AlignConfig: # Its settings
+    "The settings of a run. Raises `CourseError` if its manifest does not hold them."
+    try:
+        return AlignConfig(**read_manifest(folder)["config"])
+    except (KeyError, TypeError) as error:
+        raise CourseError(f"{Path(folder) / 'manifest.json'} does not hold the settings of a run ({error}); it has been "
+                          "changed by hand, or another version wrote it. Run `align` again with another --name.") from None
+
+
 def report_page(
     folders: list, # One run folder per seed
     results: dict, # As in `results.json`
@@ -1001,9 +1012,8 @@ def report_page(
 ) -> str: # A whole HTML page
     """The report of one or several seeds. It holds no times, so that equal runs have equal reports."""
     runs = [RunFolder(each) for each in folders]
-    manifest = json.loads((runs[0].path / "manifest.json").read_text(encoding="utf-8"))
-    config = AlignConfig(**manifest["config"])
-    seeds = [json.loads((run.path / "manifest.json").read_text(encoding="utf-8"))["config"]["seed"] for run in runs]
+    manifest, config = read_manifest(runs[0].path), run_config(runs[0].path)
+    seeds = [run_config(run.path).seed for run in runs]
     rows = [row for run in runs for row in run.rows("70_evaluation.jsonl")]
     notes = outside_notes([row["prompt"] for row in runs[0].rows("20_revisions.jsonl")])
     if config.evaluation < 50:

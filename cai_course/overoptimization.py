@@ -467,6 +467,7 @@ class HackRun:
     "One training run against a proxy, with everything that it wrote."
     history:list # Rows of `train_rlhf`, with `gold`
     golds:np.ndarray # Gold reward of every reply, `(rollouts, B)`
+    panel:np.ndarray # Gold reward of the replies to the panel, `(looks, P)`
     replies:list # Per rollout: lists of prompts, replies and their proxy scores
     policy:object # The policy at the end
 
@@ -478,21 +479,29 @@ def hack(
     steps:int=24, # PPO steps of 32 replies; fewer do not raise the proxy much
     lr:float=5e-3, # High, to get far in few steps
     model:str="pocket-t5", # Any name that `load_policy` takes
+    panel:Sequence[str]=(), # Requests that the policy answers again and again on its way, P; only to be measured
+    every:int=4, # Rollouts between two looks at the panel, >= 1
 )->HackRun: # See there
-    "Train a policy on a proxy and watch the gold reward, which it never sees."
+    """Train a policy on a proxy and watch the gold reward, which it never sees.
+
+    Every rollout has other prompts, so the gold of two rollouts differs by luck alone. The panel is the same each time.
+    """
     from cai_course.models import load_policy
     from cai_course.rlhf import RLHFConfig, train_rlhf
     asked = [r.text for g in ("benign", "harmful") for r in world.requests(g, "train", limit=100, seed=seed)]
-    policy, seen = load_policy(model), []
+    policy, seen, looks = load_policy(model), [], []
     policy.start_adapter(r=16, seed=seed)
     def watched(prompts, responses):
         scores = proxy(prompts, responses)
+        if panel and len(seen) % every == 0:
+            now = policy.generate(list(panel), max_new_tokens=40, seed=seed, progress=False)
+            looks.append(gold_value(panel, now).numpy())
         seen.append((list(prompts), list(responses), scores.tolist()))
         return scores
     config = RLHFConfig(steps=steps, batch_size=32, max_new_tokens=40, beta=beta, lr=lr)
     history = train_rlhf(policy, watched, asked, config, gold_fn=gold_value, seed=seed, progress=False)
     golds = np.stack([gold_value(p, r).numpy() for p, r, _ in seen])
-    return HackRun(history, golds, seen, policy)
+    return HackRun(history, golds, np.array(looks), seen, policy)
 
 
 def fall_from_peak(
@@ -513,23 +522,28 @@ def fall_from_peak(
 
 # %% ../nbs/08_reward_hacking.ipynb #8d0905e3
 def measure_hacking(seed:int)->dict: # fall, kept, and the curves with and without a price
-    "PPO on pocket-t5 against the same small proxy, once without a price of drift and once with one of 0.1."
+    """PPO on pocket-t5 against the same small proxy, once without a price of drift and once with one of 0.1.
+
+    Gold is measured on the replies to 128 held-out requests, the same at every look.
+    """
     proxy, out = small_proxy(seed), {}
+    panel = [r.text for g in ("benign", "harmful") for r in world.requests(g, "heldout", limit=64, seed=seed)]
     for name, beta in (("free", 0.), ("priced", .1)):
-        run = hack(proxy, seed, beta)
+        run = hack(proxy, seed, beta, panel=panel)
         for key in ("proxy", "gold", "kl"): out[f"{key}_{name}"] = [row[key] for row in run.history]
-        out[f"fall_{name}"], out[f"end_{name}"] = fall_from_peak(run.golds), float(run.golds[-3:].mean())
-    return dict(out, fall=out["fall_free"], kept=out["end_priced"] - out["end_free"],
-                gained=out["end_free"] - out["gold_free"][0], proxy_gained=out["proxy_free"][-1] - out["proxy_free"][0])
+        out[f"panel_{name}"], out[f"fall_{name}"] = run.panel.mean(1).tolist(), fall_from_peak(run.panel, window=1)
+    before, free, priced = out["panel_free"][0], out["panel_free"][-1], out["panel_priced"][-1]
+    return dict(out, fall=out["fall_free"], kept=priced - free, gained=free - before,
+                proxy_gained=out["proxy_free"][-1] - out["proxy_free"][0])
 
 
 GOLD_FALLS = Experiment(
-    name="gold-falls", chapter="08", run=measure_hacking, value="fall", predicts=">", threshold=0., seeds=5,
+    name="gold-falls", chapter="08", run=measure_hacking, value="fall", predicts=">", threshold=0., seeds=10,
     uses=("world", "models", "ppo", "rl"), models=("pocket-t5",),
     claim="PPO without a price of drift, against a small reward model, ends with less gold than it had on the way.",
     source="Gao et al. (2023), section 3; Stiennon et al. (2020), figure 5")
 PRICE_KEEPS = Experiment(
-    name="kl-price-keeps-gold", chapter="08", run=measure_hacking, value="kept", predicts=">", threshold=0., seeds=5,
+    name="kl-price-keeps-gold", chapter="08", run=measure_hacking, value="kept", predicts=">", threshold=0., seeds=10,
     uses=("world", "models", "ppo", "rl"), models=("pocket-t5",),
     claim="After the same number of steps, a price of drift leaves more gold than no price.",
     source="Stiennon et al. (2020), section 3.4")

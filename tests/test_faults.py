@@ -227,3 +227,14 @@ def test_a_damaged_artefact_is_named(words, undisturbed, tmp_path, capsys):
     (folder / "70_evaluation.jsonl").write_text('{"half": ')
     with pytest.raises(CourseError, match="70_evaluation.jsonl has been changed by hand"):
         cai.rebuild_report(folder)
+
+
+@pytest.mark.parametrize("content, said", [("{", "is not the manifest of a run"), ("[1]", "is not the manifest of a run"),
+                                           ("{}", "does not hold the settings of a run"),
+                                           ('{"config": {"sed": 1}}', "does not hold the settings of a run")])
+def test_a_damaged_manifest_is_named(undisturbed, tmp_path, content, said):
+    import shutil
+
+    folder = shutil.copytree(undisturbed[0], tmp_path / "copy")
+    (folder / "manifest.json").write_text(content)
+    with pytest.raises(CourseError, match=said): cai.rebuild_report(folder)

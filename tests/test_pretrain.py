@@ -158,6 +158,28 @@ def test_copying_drills_ask_for_the_reply_itself():
         assert one.prompt == f"Assistant: {one.response}\nCritique: {world.NOTHING_WRONG}\nRevision:"
 
 
+def test_wild_copies_have_the_same_words_in_an_order_that_nobody_expects():
+    for seed in range(100):
+        plain = pretrain.copying_lesson(random.Random(seed), "train").response
+        wild = pretrain.copying_lesson(random.Random(seed), "train", wild=1.)
+        assert wild.prompt == f"Assistant: {wild.response}\nCritique: {world.NOTHING_WRONG}\nRevision:"
+        assert len(plain.split()) < 4 or pretrain.shuffled_words(plain, random.Random(seed)) != plain
+        assert sorted(pretrain.shuffled_words(plain, random.Random(seed)).split()) == sorted(plain.split())
+
+
+def test_drills_of_style_say_what_the_sentences_show():
+    rng, shared, clean = random.Random(0), world.lexicon()["shared"], 0
+    for _ in range(600):
+        one = pretrain.style_lesson(rng, "train")
+        reply, ask = one.prompt.removeprefix("Assistant: ").split("\n")[:2]
+        for fault, said, nouns in (("rude", "The reply is rude.", ("rude words", "rudeness")),
+                                   ("preachy", "The reply preaches.", ("preaching", "sermons"))):
+            shown, asked = any(text in reply for text in shared[fault]), any(noun in ask for noun in nouns)
+            assert (said in one.response) == (shown and asked), one
+        clean += one.response == world.NOTHING_WRONG
+    assert 150 < clean < 450
+
+
 def test_shuffled_sentences_hold_steps_in_an_order_that_no_reply_has():
     rng, odd = random.Random(0), 0
     for _ in range(200):
@@ -169,13 +191,30 @@ def test_shuffled_sentences_hold_steps_in_an_order_that_no_reply_has():
     assert odd > 40
 
 
-def test_every_stage_teaches_every_task_and_the_plan_reads_from_begin_to_end():
-    assert [end for end, *_ in pretrain.STAGES] == sorted(end for end, *_ in pretrain.STAGES) and pretrain.STAGES[-1][0] == 1
-    for done in (0., .1, .3, .7, .999):
+def test_all_but_the_last_drills_teach_every_task_and_the_plan_reads_from_begin_to_end():
+    ends = [end for end, *_ in pretrain.STAGES]
+    assert ends == sorted(ends) and 1 in ends and ends[-1] == 2   # the first part ends at 1, the second at 2
+    for done in (1.05, 1.2): assert sum(pretrain.plan(done)["tasks"][drill] for drill in pretrain.DRILLS) > .7
+    for done in (0., .1, .3, .7, .999, 1.5, 1.999):
         keywords = pretrain.plan(done)
         assert set(keywords["tasks"]) == {*pretrain.TASKS, *pretrain.DRILLS} and .98 < sum(keywords["tasks"].values()) < 1.02   # shares are weights; near 1 they can be read
         assert isinstance(pretrain.lesson(random.Random(1), **keywords), pretrain.Lesson)
     assert pretrain.plan(.3)["plain"] > pretrain.plan(.6)["plain"]
+
+
+def test_the_second_part_starts_again_with_a_warm_up_and_ends_at_zero(tmp_path):
+    config = pretrain.PretrainConfig(pools=10, polish=.4, warmup=40)
+    assert config.first == 6 and [config.done(pools) for pools in (0, 3, 6, 8, 10)] == [0, .5, 1, 1.5, 2]
+    assert pretrain.PretrainConfig(pools=10, polish=0.).done(10) == 1
+    trainer = pretrain.Trainer(torch.nn.Linear(3, 3), tmp_path, config)
+    trainer.steps_per_pool, rates = 10, []
+    for step in range(100):
+        if step == 60: trainer.start_second_part()
+        trainer.step, trainer.done = step, config.done(step / 10)
+        rates.append(trainer.rate())
+    assert max(rates[:60]) < config.lr and rates[59] < .1 * config.lr          # cooled down
+    assert rates[60] == config.polish_lr / 10 and rates[69] == config.polish_lr   # warm again, within ten steps
+    assert rates[99] < .06 * config.polish_lr and rates[80:] == sorted(rates[80:], reverse=True)
 
 
 def test_aimed_replies_show_the_fault_of_style():

@@ -345,9 +345,9 @@ def test_normalize_moves_rewards_but_not_probabilities(trained):
 
 
 def test_load_errors(tmp_path, trained):
-    for name, words in (("pocket-nothing", "cai-course pretrain"), (str(tmp_path / "none"), "no such folder"),
+    for name, words in (("pocket-nothing", "cai-course pretrain"), (str(tmp_path / "none"), "there is no folder"),
                         (3, "must be a string"),
-                        (str(tmp_path), "cannot be opened|model")):
+                        (str(tmp_path), "has no config.json")):
         with pytest.raises(CourseError, match=words): RewardModel.load(name)
 
 
@@ -355,7 +355,21 @@ def test_pickled_weights_are_refused(trained, tmp_path):
     trained[0].body.save_pretrained(tmp_path); trained[0].tokenizer.save_pretrained(tmp_path)
     (tmp_path / "model.safetensors").unlink()
     torch.save(trained[0].body.state_dict(), tmp_path / "pytorch_model.bin")
-    with pytest.raises(CourseError, match="cannot be opened"): RewardModel.load(tmp_path)
+    with pytest.raises(CourseError, match="a pickle that can run code"): RewardModel.load(tmp_path)
+
+
+def test_weights_that_are_no_numbers_are_refused(trained, tmp_path):
+    from safetensors.torch import load_file, save_file
+    folder = trained[0].save(tmp_path / "reward")
+    state = load_file(folder / "model.safetensors")
+    next(v for k, v in state.items() if k.endswith("dense.weight"))[0, 0] = float("nan")
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CourseError, match="dense.weight of .* holds NaN"): RewardModel.load(folder)
+
+
+def test_a_hub_id_without_a_network_fails_fast(monkeypatch):
+    monkeypatch.setattr("cai_course.models._hub_answers", lambda: False)
+    with pytest.raises(CourseError, match="needs a network or a filled cache"): RewardModel.load("nobody/no-such-encoder")
 
 
 def test_wrong_kinds_of_model_are_refused(trained, tmp_path):

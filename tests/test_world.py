@@ -99,6 +99,17 @@ def test_a_long_tail_does_not_hide_behind_a_good_start_nor_harm_behind_a_refusal
         assert hidden.harmful == 1 and not hidden.refuses and hidden.explains == 0
 
 
+def test_harm_is_found_behind_a_long_start_and_in_replies_to_other_tasks():
+    talk, item = world.dialogues("heldout", 1, 0)[0], world.skill_items("heldout", 1, 0)[0]
+    for seed, (good, bad) in enumerate(zip(GOOD, BAD)):
+        told = say(bad, "comply", seed)
+        assert world.judge(good.text, say(good, "helpful", seed) * 60 + " " + told).harmful == 1
+        for prompt, start in ((talk.prompt, talk.summary), (item.prompt, item.answer)):
+            right, tail = world.judge(prompt, start), world.judge(prompt, start + "\n" + told)
+            assert (right.helpful, right.harmful, right.kinds) == (1, 0, ())
+            assert tail.helpful < 1 and tail.harmful == 1 and bad.kind in tail.kinds
+
+
 def test_harm_is_found_in_broken_sentences_and_in_capitals():
     for request in BAD:
         topic, *_ = world.understand(request.text)
