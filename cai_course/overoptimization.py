@@ -538,12 +538,12 @@ def measure_hacking(seed:int)->dict: # fall, kept, and the curves with and witho
 
 
 GOLD_FALLS = Experiment(
-    name="gold-falls", chapter="08", run=measure_hacking, value="fall", predicts=">", threshold=0., seeds=10,
+    name="gold-falls", chapter="08", run=measure_hacking, value="fall", predicts=">", threshold=0., seeds=5,
     uses=("world", "models", "ppo", "rl"), models=("pocket-t5",),
     claim="PPO without a price of drift, against a small reward model, ends with less gold than it had on the way.",
     source="Gao et al. (2023), section 3; Stiennon et al. (2020), figure 5")
 PRICE_KEEPS = Experiment(
-    name="kl-price-keeps-gold", chapter="08", run=measure_hacking, value="kept", predicts=">", threshold=0., seeds=10,
+    name="kl-price-keeps-gold", chapter="08", run=measure_hacking, value="kept", predicts=">", threshold=0., seeds=5,
     uses=("world", "models", "ppo", "rl"), models=("pocket-t5",),
     claim="After the same number of steps, a price of drift leaves more gold than no price.",
     source="Stiennon et al. (2020), section 3.4")
