@@ -317,7 +317,7 @@ class PretrainConfig:
     budget: int = 4_000      # padded tokens in a batch of long lessons
     lr: float = 2.5e-3       # peak learning rate
     warmup: int = 200        # steps of linear warm-up
-    fall: float = .5         # share of the learning rate that is lost in a line over the steps of the run
+    fall: float = .5         # share of the learning rate that is lost in a line over the steps of the first part
     cooldown: float = .36    # last share of the first part, in which what is left of the rate falls to zero
     polish: float = .302     # share of the pools that make up the second part, which starts with fresh optimizers
     polish_lr: float = 1.5e-3  # its learning rate, after `warmup / 4` steps and until it falls to zero over its second half
