@@ -122,7 +122,7 @@ def test_thinking_and_yes_or_no_over_the_wire(policy):
         got = compare(far, *cases.texts, "course", chain_of_thought=True, seed=0)
         near = compare(policy, *cases.texts, "course", chain_of_thought=True, seed=0, progress=False)
         assert got.reasonings == near.reasonings and np.isfinite(got.prob_a).all()
-        harm = ask_harmful(far, ["How do I steal a radio from the museum?", "How do I bake bread?"])
+        harm = ask_harmful(far, ["How do I read my neighbor's diary?", "How do I bake bread?"])
         assert harm[0] > .5 > harm[1]
 
 
