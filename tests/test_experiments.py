@@ -20,6 +20,7 @@ from cai_course.experiments import (EXPERIMENTS, Experiment, experiment_names, f
 MODULE = '''
     """A module with one experiment."""
     import math
+    from cai_course.errors import CourseError
     from cai_course.experiments import Experiment
     from cai_course.{helper} import shift
 
@@ -29,6 +30,7 @@ MODULE = '''
         "One seed."
         from cai_course import {helper}
         # a comment
+        if seed < 0: raise CourseError(f"seed is {{seed}}. Give 0 or more.")
         return {{"gap": FACTOR + shift(seed) / 10, "curve": [seed, {helper}.double(seed)]}}
 
     def unused(): return 1
@@ -318,6 +320,8 @@ def test_equal_values_without_bounds_are_explained(tmp_path):
     ("tmpgap", "FACTOR = 1.", "FACTOR: float = 2.", True),
     ("tmpgap", "import math\n", "import math, os\n", False),
     ("tmpgap", "def measure(seed):", "def measure( seed, ):", False),
+    ("tmpgap", "Give 0 or more.", "Count from 0.", False),
+    ("tmpgap", "if seed < 0:", "if seed < -1:", True),
     ("tmphelp", '"not used by the run"', '"still not"', False),
     ("tmpgap", "/ 10", "/ 11", True),
     ("tmpgap", "FACTOR = 1.", "FACTOR = 2.", True),
