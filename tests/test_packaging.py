@@ -1,5 +1,6 @@
 """The wheel holds the library and its data, nothing else; Makefile, hook and README do what they say."""
 import configparser
+import json
 import os
 import re
 import shutil
@@ -100,12 +101,37 @@ def test_an_unpacked_wheel_finds_its_own_data(wheel, tmp_path):
 
 def test_a_wheel_from_the_source_archive_is_the_same(wheel, source, tmp_path):
     archive = build(source, "sdist", tmp_path / "out")
-    shutil.unpack_archive(archive, tmp_path / "unpacked", filter="data")
+    shutil.unpack_archive(archive, tmp_path / "unpacked", filter="data")  # novm: 3.10.12 and 3.11.4 have it, too
     (folder,) = (tmp_path / "unpacked").iterdir()
     again = build(folder, "wheel", tmp_path / "again")
     with zipfile.ZipFile(wheel) as first, zipfile.ZipFile(again) as second:
         contents = [{name: archive.read(name) for name in archive.namelist() if ".dist-info/" not in name} for archive in (first, second)]
     assert contents[0] == contents[1]
+
+
+# --- versions of Python ---
+
+def newer_than(oldest: str, *paths) -> str:
+    """What vermin says about code that a Python of that version cannot run; empty if there is none."""
+    done = subprocess.run([str(Path(sys.executable).with_name("vermin")), "--no-tips", "--eval-annotations", "-vvv", f"-t={oldest}-", *map(str, paths)],
+                          capture_output=True, text=True, timeout=600)
+    return "" if done.returncode == 0 else done.stdout + done.stderr
+
+
+def test_nothing_needs_a_newer_python_than_settings_ini_says(tmp_path):
+    config = configparser.ConfigParser(delimiters=["="])
+    config.read(ROOT / "settings.ini")
+    oldest = config["DEFAULT"]["min_python"]
+    new = tmp_path / "new.py"
+    new.write_text("import tomllib\n", encoding="utf-8")  # came with 3.11
+    assert "tomllib" in newer_than(oldest, new)
+    cells = tmp_path / "cells"
+    cells.mkdir()
+    for path in check_notebooks.notebooks(ROOT):
+        sources = ["".join(cell["source"]) for cell in json.loads(path.read_text(encoding="utf-8"))["cells"] if cell["cell_type"] == "code"]
+        lines = [line for source in sources for line in source.splitlines() if not line.lstrip().startswith(("%", "!"))]
+        (cells / f"{path.stem}.py").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    assert newer_than(oldest, *(ROOT / name for name in ("cai_course", "tools", "benchmarks", "tests", "setup.py")), cells) == ""
 
 
 # --- make ---
