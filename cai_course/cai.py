@@ -116,22 +116,24 @@ def _checked(
     if value is None and "None" in str(each.type):
         return None
     if kind == "bool" and not isinstance(value, bool):
-        raise CourseError(f"{name} is {value!r}; it must be True or False.")
+        raise CourseError(f"{name} is {value!r}; it must be True or False. Write one of the two, without "
+                          "quotes.")
     if kind == "str":
         if isinstance(value, os.PathLike):
             value = os.fspath(value)
         if not isinstance(value, str) or not value.strip():
-            raise CourseError(f"{name} is {value!r}; it must be a text that is not empty. It is the "
-                              f"{each.metadata['help']}.")
+            raise CourseError(f"{name} is {value!r}; it must be a text that is not empty ({each.metadata['help']}). "
+                              "Give one, or leave it out.")
         if choices and value not in choices:
-            raise CourseError(f"{name} is {value!r}; it must be one of {', '.join(choices)}.")
+            raise CourseError(f"{name} is {value!r}; it must be one of {', '.join(choices)}. Choose one of these, or leave "
+                              "it out.")
     if kind in ("int", "float"):
         number = (isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
                   and math.isfinite(value))
         if not number or (kind == "int" and value != int(value)) or not low <= value <= high:
             what = "a whole number" if kind == "int" else "a number"
             raise CourseError(f"{name} is {value!r}; it must be {what} from {low:,} to {high:,} "
-                              f"({each.metadata['help']}).")
+                              f"({each.metadata['help']}). Give such a number, or leave it out.")
         value = int(value) if kind == "int" else float(value)
     return value
 
@@ -840,7 +842,8 @@ def align(
         raise CourseError(f"config is {type(config).__name__}; it must be an AlignConfig. Make one with "
                           "AlignConfig(...).")
     if not isinstance(seeds, int) or isinstance(seeds, bool) or not 1 <= seeds <= 1000:
-        raise CourseError(f"seeds is {seeds!r}; it must be a whole number from 1 to 1,000.")
+        raise CourseError(f"seeds is {seeds!r}; it must be a whole number from 1 to 1,000. Leave it out for "
+                          "one.")
     folder = Path(folder)
     if seeds == 1:
         with RunFolder(folder) as run:
@@ -1258,7 +1261,7 @@ def wins_at_equal_length(
     words, other_words = (np.maximum(np.asarray(each, float), 1) for each in (words, other_words))
     if not wins.shape == words.shape == other_words.shape or wins.ndim != 1 or not len(wins):
         raise CourseError(f"wins, words and other_words have shapes {wins.shape}, {words.shape}, {other_words.shape}; "
-                          "all must be (N,) with N above 0.")
+                          "all must be (N,) with N above 0. Pass three lists with one entry for each reply.")
     x = np.stack([np.ones(len(wins)), np.log(words / other_words)], axis=1)
     weights, ridge = np.zeros(2), np.diag([0., 1e-3]) # the ridge keeps the slope finite if all lengths are equal
     for _ in range(100): # Newton's method, in bounded steps

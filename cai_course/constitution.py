@@ -133,7 +133,7 @@ class Constitution:
             if p.id == id: return p
         raise CourseError(f"constitution {self.name!r} has no principle "
                           f"{id!r}.{_suggest(id, [p.id for p in self.principles])} "
-                          f"It has: {', '.join(p.id for p in self.principles)}.")
+                          f"Choose one of: {', '.join(p.id for p in self.principles)}.")
 
     def __len__(self)->int: return len(self.principles)
 
@@ -393,7 +393,7 @@ def _json(path):
 def _json_list(path):
     data = _json(path)
     if isinstance(data, list) and data: return data
-    raise CourseError(f"{path}: found {type(data).__name__}, need a list with at least one entry, as in the paper's "
+    raise CourseError(f"{path}: found {str(data)[:40]!r}, need a list with at least one entry, as in the paper's "
                       f"file of that name. "
                       "Download the file again.")
 
@@ -413,8 +413,8 @@ def _bare(text, path, where):
 def _paper_critiques(path):
     data, out = _json(path), []
     if not isinstance(data, dict) or not data:
-        raise CourseError(f"{path}: found {type(data).__name__}, need a mapping from names to 'prompt' and "
-                          f"'edit_request', as in the paper's {_CRITIQUE_FILE}.")
+        raise CourseError(f"{path}: found {str(data)[:40]!r}, need a mapping from names to 'prompt' and "
+                          f"'edit_request', as in the paper's {_CRITIQUE_FILE}. Download the file again.")
     for name, row in data.items():
         asks = row.get("prompt") if isinstance(row, dict) else None
         if not (isinstance(asks, list) and asks and "edit_request" in row):
@@ -484,7 +484,7 @@ def _read_text(path):
     size = path.stat().st_size
     if size > MAX_BYTES:
         raise CourseError(f"{path}: the file has {size:,} bytes, the limit is {MAX_BYTES:,}. A constitution is a "
-                          f"short text; is this the right file?")
+                          f"short text. Give another file, or shorten this one.")
     try: return path.read_bytes().decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
     except UnicodeDecodeError as e:
         raise CourseError(f"{path}: byte {e.start + 1} is not UTF-8 text ({e.reason}). Save the file as UTF-8 in your "
@@ -496,11 +496,12 @@ def _find(name_or_path):
     "The file or folder that a name or path means."
     if not isinstance(name_or_path, (str, Path)):
         raise CourseError(f"found {type(name_or_path).__name__} where a constitution was expected; need a name, a "
-                          f"path or a Constitution. The names are: {', '.join(available_constitutions())}.")
+                          f"path or a Constitution. Give the path of a .yaml file or one of the names: "
+                          f"{', '.join(available_constitutions())}.")
     given = str(name_or_path)
     if not given.strip() or "\0" in given:
-        raise CourseError(f"found {given!r} where the name of a constitution was expected. The names are: "
-                          f"{', '.join(available_constitutions())}.")
+        raise CourseError(f"found {given!r} where the name of a constitution was expected. Give the path of a .yaml "
+                          f"file or one of the names: {', '.join(available_constitutions())}.")
     names = available_constitutions()
     if given in names:
         return next(p for p in (constitutions_dir()/f"{given}{s}" for s in (".yaml", ".yml")) if p.is_file())
@@ -557,7 +558,8 @@ def load_constitution(
     if constitution is not None: return constitution
     problems = sorted(reader.problems, key=lambda p: p.line)
     more = f"\n... and {len(problems) - 5} more; `validate` lists them all." if len(problems) > 5 else ""
-    raise CourseError("\n".join(str(p) for p in problems[:5]) + more)
+    raise CourseError("\n".join(str(p) for p in problems[:5]) + more
+                      + ("" if problems[0].line else " Write these, or copy constitutions/short.yaml and change it."))
 
 # %% ../nbs/10_constitution.ipynb #c92f415e
 @dataclass(frozen=True)
@@ -772,7 +774,8 @@ def check_texts(name, texts):
 
 def few_shot_examples(examples, n, name):
     "The first n examples, or a CourseError if there are fewer."
-    if not isinstance(n, int) or n < 0: raise CourseError(f"few_shot is {n!r}; need a whole number, 0 or more.")
+    if not isinstance(n, int) or n < 0: raise CourseError(f"few_shot is {n!r}; need a whole number, 0 or more. "
+                                                           "Use 0 for none.")
     if n > len(examples):
         raise CourseError(f"few_shot is {n}, but constitution {name!r} has {len(examples)} examples of this kind. "
                           "Ask for fewer, or add examples to its few_shot section.")

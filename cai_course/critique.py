@@ -109,7 +109,8 @@ def critique_and_revise(
                           f"prompt. "
                           "Generate a reply to every prompt first.")
     if not isinstance(rounds, int) or isinstance(rounds, bool) or rounds < 1:
-        raise CourseError(f"rounds is {rounds!r}; need a whole number of at least 1. The paper used 4.")
+        raise CourseError(f"rounds is {rounds!r}; need a whole number of at least 1. Use 4, as the paper did, or "
+                          "fewer.")
     shots = few_shot_examples(constitution.critique_examples, few_shot, constitution.name)
     constitution.draw_critique(0) # fails now, not after an hour, if nothing can be drawn
     streams = [text_rng(seed, "principles", p, r) for p, r in zip(prompts, current)]
@@ -499,10 +500,10 @@ def sl_dataset(
         if len(x) != len(y):
             raise CourseError(f"found {len(x)} and {len(y)} {names}; need as many of one as of the other. Pass "
                               f"matching lists.")
-    if steps not in ("final", "all"): raise CourseError(f"steps is {steps!r}; need 'final' or 'all'.")
+    if steps not in ("final", "all"): raise CourseError(f"steps is {steps!r}; need 'final' or 'all'. Leave it out for 'final'.")
     if ratio is not None and not (isinstance(ratio, (int, float)) and 0 < ratio < float("inf")):
-        raise CourseError(f"ratio is {ratio!r}; need a positive number of red-team prompts per helpful prompt (the "
-                          f"paper: {PAPER_RATIO:.2f}), or None to use everything.")
+        raise CourseError(f"ratio is {ratio!r}; need a positive number of red-team prompts per helpful prompt, or None "
+                          f"to use everything. Leave it out for the paper's {PAPER_RATIO:.2f}.")
     red = [(p, t) for p, t in ((p, _texts(r, steps)) for p, r in zip(prompts, revisions)) if t]
     good = [(p, t) for p, t in ((p, _texts(r, "all")) for p, r in zip(helpful_prompts, helpful_responses)) if t]
     rng = np.random.default_rng(seed)

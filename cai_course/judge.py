@@ -65,7 +65,7 @@ def option_probability(
     scores = np.asarray(scores, float)
     if scores.ndim != 2 or scores.shape[1] != 2:
         raise CourseError(f"scores have shape {scores.shape}; need (N, 2), one log-probability for each of the two "
-                          f"options.")
+                          f"options. Pass what score_options returns for two options.")
     with np.errstate(invalid="ignore"): gap = scores[:, 1] - scores[:, 0] # s_B - s_A
     bad = np.flatnonzero(np.isnan(gap))
     if len(bad):
@@ -183,16 +183,17 @@ def _check(chain_of_thought, clamp, samples, temperature):
         ok = (isinstance(clamp, (tuple, list)) and len(clamp) == 2 and all(isinstance(x, (int, float)) for x in clamp)
               and 0 <= clamp[0] < clamp[1] <= 1)
         if not ok:
-            raise CourseError(f"clamp is {clamp!r}; need (low, high) with 0 <= low < high <= 1. The paper used (0.4, "
-                              f"0.6) with chain of thought.")
+            raise CourseError(f"clamp is {clamp!r}; need (low, high) with 0 <= low < high <= 1. Use (0.4, "
+                              f"0.6), as the paper did with chain of thought, or None for no clamp.")
     if not isinstance(samples, int) or isinstance(samples, bool) or samples < 1:
-        raise CourseError(f"samples is {samples!r}; need a whole number of at least 1.")
+        raise CourseError(f"samples is {samples!r}; need a whole number of at least 1. Use 1 for a single thought.")
     if samples > 1 and not chain_of_thought:
         raise CourseError(f"samples is {samples}, but without chain of thought nothing is sampled: the label is read "
                           f"off the probabilities. Use samples=1, or chain_of_thought=True.")
     if temperature is None: temperature = 0. if samples == 1 else 1.
     if not isinstance(temperature, (int, float)) or not 0 <= temperature < float("inf"):
-        raise CourseError(f"temperature is {temperature!r}; need a number of at least 0.")
+        raise CourseError(f"temperature is {temperature!r}; need a number of at least 0. Use 0 for the likeliest "
+                          "thought, or leave it out.")
     if samples > 1 and temperature == 0:
         raise CourseError(f"samples is {samples} at temperature 0, so all of them would be the same. Use a "
                           f"temperature above 0, or samples=1.")
@@ -222,10 +223,10 @@ def agreement(
     prob_a, truth = np.asarray(prob_a, float), np.asarray(truth, float)
     if prob_a.shape != truth.shape or prob_a.ndim != 1:
         raise CourseError(f"labels have shape {prob_a.shape} and the truth {truth.shape}; need two lists of the same "
-                          f"length.")
+                          f"length. Give the truth about each pair once.")
     if not all(((x >= 0) & (x <= 1)).all() for x in (prob_a, truth)):
-        raise CourseError("labels and truth must be probabilities in [0, 1]; found values outside. Apply the sigmoid "
-                          "to log-odds first.")
+        raise CourseError(f"labels run from {prob_a.min():g} to {prob_a.max():g} and the truth from {truth.min():g} to "
+                          f"{truth.max():g}; both must be probabilities in [0, 1]. Apply the sigmoid to log-odds first.")
     return (np.sign(prob_a - .5) * np.sign(truth - .5) + 1) / 2
 
 # %% ../nbs/12_ai_feedback.ipynb #256e8a0f

@@ -372,10 +372,10 @@ def test_one_of_the_papers_files(paper):
 
 
 @pytest.mark.parametrize("name, content, words", [
-    ("CritiqueRevisionInstructions.json", "{", "not JSON"), ("CritiqueRevisionInstructions.json", "7", "found int"),
-    ("CritiqueRevisionInstructions.json", "{}", "found dict"),
+    ("CritiqueRevisionInstructions.json", "{", "not JSON"), ("CritiqueRevisionInstructions.json", "7", "found '7', need a list"),
+    ("CritiqueRevisionInstructions.json", "{}", "found '{}', need a mapping"),
     ("CritiqueRevisionInstructions.json", '{"h": {"prompt": ["x"]}}', "h: need a 'prompt'"), ("CritiqueRevisionInstructions.json", '{"h": {"prompt": [7], "edit_request": "x"}}', "h.prompt: found int"),
-    ("RLMadisonInstructions.json", '["x", ""]', "entry 2: the text is empty"), ("RLMadisonInstructions.json", "[]", "found list"),
+    ("RLMadisonInstructions.json", '["x", ""]', "entry 2: the text is empty"), ("RLMadisonInstructions.json", "[]", r"found '\[\]', need a list"),
     ("CritiqueRevisionFewShotPrompts.json", '["Human: x"]', "entry 1: need Human"), ("RLMadisonPrecogFewShotPrompts.json", '[{"prompt": "x"}]', "entry 1: need 'corrects'"),
     ("RLMadisonInstructions.json", "[" * 100_000, "(nested too deeply|not JSON)"), ("RLMadisonFewShotPrompts.json", "7", "need a list"),
 ])
