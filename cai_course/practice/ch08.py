@@ -101,7 +101,7 @@ tilted = Exercise(
 
 # %% ../../nbs/practice/08_reward_hacking.ipynb #34447283
 _RUNS = [([0., .5, 1., 2.5, 1.5, 3.], [.1, .3, .2, .9, .8, .1]), ([0., 1., 2., 4.], [.1, .2, .5, .9]),
-         ([0., .4, .9, 1.8], [.5, .4, .3, .2])]
+         ([0., .4, .9, 1.8], [.5, .4, .3, .2]), ([0., .3, .6, 1.2, 2.2], [.3, .4, .1, .6, .2])]
 
 def _stop(history, budget, key="gold", sign=1):
     best = None
@@ -126,6 +126,10 @@ where_to_stop = Exercise(
                                                 "be inside again does not count."),
             "budget reached counts as left": (lambda h, b: _stop(h, b - 1e-9),
                                               "A row that uses exactly the budget has not exceeded it."),
+            "the first fall": (lambda h, b: next((i for i in range(len(h) - 1) if h[i + 1]["kl"] > b
+                                                  or h[i + 1]["gold"] < h[i]["gold"]), len(h) - 1),
+                               "This stops as soon as gold is lower than the row before. It may rise again inside the "
+                               "budget: look at all rows until there."),
             "worst": (lambda h, b: _stop(h, b, sign=-1), "This is the row with the *lowest* gold."),
         },
         praise="Keep the budget, watch gold, ignore the proxy."),
@@ -171,6 +175,9 @@ pessimist = Exercise(
                              "the replies."),
             "mean": (lambda s: _standard(s).mean(0),
                      "This is the mean of the members. A pessimist lets the most critical one decide."),
+            "spread of a sample": (lambda s: ((s - s.mean(1, keepdims=True)) / s.std(1, ddof=1, keepdims=True)).min(0),
+                                   "Nearly: this divides by n - 1 inside the spread (`ddof=1`, the way of PyTorch's `std`). "
+                                   "Here the spread over just these replies should be 1: divide by n, as NumPy does."),
             "highest": (lambda s: _standard(s).max(0),
                         "This believes whoever likes the reply most. That is the member that is easiest to fool."),
             "only centered": (lambda s: (s - s.mean(1, keepdims=True)).min(0),
