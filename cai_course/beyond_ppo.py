@@ -95,7 +95,7 @@ def dpo_loss(
     shapes = [tuple(each.shape) for each in (chosen, rejected, ref_chosen, ref_rejected)]
     if len(set(shapes)) != 1 or not beta > 0:
         raise CourseError(f"the shapes are {shapes} and beta is {beta}; four equal shapes and a beta above 0 are needed. "
-                          "Score both replies of each pair.")
+                          "Score both replies of each pair, under the policy and under the reference.")
     margin = beta * ((chosen - ref_chosen) - (rejected - ref_rejected))
     return -(label * F.logsigmoid(margin) + (1 - label) * F.logsigmoid(-margin)).mean()
 
@@ -195,7 +195,7 @@ def train_sampled(
 ) -> list: # `objective` before training and after every rollout
     "On-policy learning of a table. Raises `CourseError` for an unknown method."
     if method not in ("ppo", "rloo", "grpo"):
-        raise CourseError(f"method is {method!r}; it must be ppo, rloo or grpo.")
+        raise CourseError(f"method is {method!r}; it must be ppo, rloo or grpo. For DPO there is train_dpo.")
     generator, ref = torch.Generator().manual_seed(seed), menu.ref_logprobs
     logits, values = ref.clone().requires_grad_(), torch.zeros(len(ref), 1, requires_grad=True)
     optimizer, curve = torch.optim.Adam([logits, values], lr=lr), []
