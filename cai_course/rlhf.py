@@ -38,7 +38,7 @@ def kl_per_token(
     """
     if not logprobs.shape == ref_logprobs.shape == mask.shape or mask.dim() != 2:
         raise CourseError(f"logprobs {tuple(logprobs.shape)}, ref_logprobs {tuple(ref_logprobs.shape)} and mask "
-                          f"{tuple(mask.shape)} must all be (B, T). Score the same samples with both models.")
+                          f"{tuple(mask.shape)} must all be one and the same (B, T). Score the same samples with both models.")
     return torch.where(mask.bool(), logprobs - ref_logprobs, torch.zeros_like(logprobs))
 
 # %% ../nbs/07_rlhf.ipynb #8469daff
@@ -62,17 +62,20 @@ def shape_rewards(
     for name, x in (("beta", beta), ("missing_eos_penalty", missing_eos_penalty)):
         if not (x >= 0 and math.isfinite(x)):
             raise CourseError(f"{name} is {x}; it must be a finite number of 0 or more, because the minus sign is "
-                              "already in the formula. Drop the sign.")
+                              f"already in the formula. Drop the sign, or give for example {name}=0.1.")
     drift = kl_per_token(logprobs, ref_logprobs, mask).float()  # (B, T)
     if scores.shape != mask.shape[:1] or ended.shape != mask.shape[:1]:
         raise CourseError(f"scores {tuple(scores.shape)} and ended {tuple(ended.shape)} must be ({len(mask)},): "
-                          "one number for each of the replies.")
+                          "one number for each of the replies. Take both from the rollout that mask belongs to.")
     real = mask.bool()
     if not real.any(1).all():
-        raise CourseError(f"reply {int((~real.any(1)).nonzero()[0])} has no token. Every reply needs at least its "
-                          "end-of-sequence token.")
+        raise CourseError(f"reply {int((~real.any(1)).nonzero()[0])} has no token: its row of mask is all 0. Every "
+                          "reply needs at least its end-of-sequence token. Drop the row, or mend mask.")
     if not (torch.isfinite(scores).all() and torch.isfinite(drift).all()):
-        raise CourseError("scores or log-probabilities are not finite. Find the reply that caused it before training.")
+        raise CourseError(f"{int((~torch.isfinite(scores)).sum())} of {len(scores)} scores and "
+                          f"{int((~torch.isfinite(drift)).sum())} of {int(real.sum())} log-ratios are not finite; all must "
+                          f"be. Begin with reply {int((~torch.isfinite(scores) | ~torch.isfinite(drift).all(1)).nonzero()[0])}: "
+                          "mend what scored it before training.")
     rewards = -beta * drift
     last = mask.shape[1] - 1 - real.flip(1).int().argmax(1)  # (B,) position of the last real token
     score = scores.to(rewards) - missing_eos_penalty * (~ended.bool()).to(rewards)
@@ -92,7 +95,8 @@ def lora_size(
     Source: Hu et al. (2021), section 4.1.
     """
     if min(layers, d_in, d_out, r) < 1:
-        raise CourseError(f"layers, d_in, d_out and r are {layers}, {d_in}, {d_out}, {r}; each must be 1 or more.")
+        raise CourseError(f"layers, d_in, d_out and r are {layers}, {d_in}, {d_out}, {r}; each must be 1 or more. "
+                          "Give whole sizes, such as lora_size(18, 128, 128, 16).")
     return layers * r * (d_in + d_out)
 
 # %% ../nbs/07_rlhf.ipynb #5b5b5f34
@@ -254,7 +258,8 @@ class RLHFConfig:
             "target_reward": (self.target_reward is None or real(self.target_reward, -math.inf, True), "a number or None"),
         }
         for name, (fine, need) in rules.items():
-            if not fine: raise CourseError(f"RLHFConfig {name} is {getattr(self, name)!r}; needed: {need}.")
+            if not fine: raise CourseError(f"RLHFConfig {name} is {getattr(self, name)!r}; needed: {need}. "
+                                             f"Change {name}, or leave it out.")
         if self.kl == "adaptive" and self.beta == 0:
             raise CourseError("RLHFConfig beta is 0 and kl is \"adaptive\"; 0 times anything stays 0. Begin with beta=0.05.")
 
@@ -277,7 +282,7 @@ def _scores(function, name, prompts, texts, step): # reward function's answer, c
         scores = torch.as_tensor(out).detach().float().cpu()
     except (TypeError, ValueError, RuntimeError) as error:
         raise CourseError(f"{name} returned {type(out).__name__} ({error}); needed: one number per reply, as a tensor "
-                          f"of shape ({len(texts)},).") from None
+                          f"of shape ({len(texts)},). Return such a tensor from {name}.") from None
     if scores.shape != (len(texts),):
         raise CourseError(f"{name} returned shape {tuple(scores.shape)} for {len(texts)} replies; needed: "
                           f"({len(texts)},), one number for each. Sum or index what it returns.")
@@ -292,15 +297,18 @@ def _check_job(policy, reward_fn, prompts, config, gold_fn, seed): # all that ca
     if not isinstance(config, RLHFConfig):
         raise CourseError(f"config is {type(config).__name__}; an RLHFConfig is needed. Use RLHFConfig().")
     if isinstance(prompts, str) or not all(isinstance(p, str) for p in prompts):
-        raise CourseError("prompts must be a list of strings. Wrap a single prompt in a list.")
+        raise CourseError(next((f"prompts[{i}] is {p!r:.60}" for i, p in enumerate(prompts) if not isinstance(p, str)),
+                               f"prompts is {prompts!r:.60}") + "; a list of strings is needed. Wrap a single prompt in a "
+                          "list, and drop what is no text.")
     if not len(prompts): raise CourseError("prompts is empty; at least one is needed. Pass a list of strings.")
     blank = [i for i, p in enumerate(prompts) if not p.strip()]
     if blank: raise CourseError(f"prompts[{blank[0]}] is blank; every prompt needs words. Drop the blank ones.")
     for name, function in (("reward_fn", reward_fn), *([("gold_fn", gold_fn)] if gold_fn is not None else [])):
         if not callable(function):
-            raise CourseError(f"{name} is {type(function).__name__}; needed: a function of (prompts, responses).")
+            raise CourseError(f"{name} is {type(function).__name__}; needed: a function of (prompts, responses). "
+                              "Pass the function itself, not what it returned.")
     if isinstance(seed, bool) or not isinstance(seed, (int, np.integer)) or seed < 0:
-        raise CourseError(f"seed is {seed!r}; a whole number of 0 or more is needed.")
+        raise CourseError(f"seed is {seed!r}; a whole number of 0 or more is needed. Use seed=0.")
     if not policy._adapter():
         raise CourseError("this policy has no adapter, so nothing can learn and nothing is the reference. Call "
                           "policy.start_adapter() first.")

@@ -136,10 +136,14 @@ def test_rewarding_the_log_ratio_gives_the_gradient_of_the_kl():
 
 
 @pytest.mark.parametrize("change, words", [
-    (dict(beta=-.1), "minus sign is already"), (dict(missing_eos_penalty=-1.), "minus sign is already"),
-    (dict(beta=math.nan), "beta is nan"), (dict(scores=torch.ones(3)), "one number for each"),
-    (dict(scores=torch.tensor([1., math.nan])), "not finite"), (dict(mask=torch.tensor([[1., 1.], [0., 0.]])), "reply 1 has no token"),
-    (dict(ref_logprobs=torch.zeros(2, 3)), "must all be"), (dict(ended=torch.ones(2, 2)), "one number for each")])
+    (dict(beta=-.1), "beta is -0.1; .*minus sign is already.* beta=0.1"),
+    (dict(missing_eos_penalty=-1.), "missing_eos_penalty is -1.0; .*minus sign is already"),
+    (dict(beta=math.nan), "beta is nan"), (dict(scores=torch.ones(3)), r"scores \(3,\) .*one number for each.* Take both"),
+    (dict(scores=torch.tensor([1., math.nan])), "1 of 2 scores and 0 of 4 log-ratios are not finite.* Begin with reply 1"),
+    (dict(logprobs=torch.tensor([[0., math.inf], [0., 0.]])), "0 of 2 scores and 1 of 4 log-ratios .* Begin with reply 0"),
+    (dict(mask=torch.tensor([[1., 1.], [0., 0.]])), "reply 1 has no token: .* Drop the row"),
+    (dict(ref_logprobs=torch.zeros(2, 3)), r"ref_logprobs \(2, 3\) .*must all be"),
+    (dict(ended=torch.ones(2, 2)), r"ended \(2, 2\) .*one number for each")])
 def test_shape_rewards_errors(change, words):
     good = dict(scores=torch.ones(2), logprobs=torch.zeros(2, 2), ref_logprobs=torch.zeros(2, 2), mask=torch.ones(2, 2),
                 ended=torch.ones(2).bool(), beta=.1)
@@ -164,7 +168,8 @@ def test_adaptive_price():
     ("missing_eos_penalty", -1.), ("value_lr", 0.), ("value_warmup", -1), ("ppo", None), ("max_kl", 0.),
     ("target_reward", math.nan)])
 def test_config_errors_name_the_field(name, value):
-    with pytest.raises(CourseError, match=f"RLHFConfig {name} is"): RLHFConfig(**{name: value})
+    with pytest.raises(CourseError, match=f"RLHFConfig {name} is .*; needed: .*Change {name}, or leave it out"):
+        RLHFConfig(**{name: value})
 
 
 def test_adaptive_with_beta_zero_is_refused():
@@ -291,6 +296,8 @@ def test_stop_conditions(folders):
     far = dataclasses.replace(SMALL, steps=20, value_warmup=0, lr=2e-2, max_kl=.5, beta=0.)
     history = train_rlhf(fresh(folders("t5")), says_ask, PROMPTS, far)
     assert history[-1]["stopped"] == "max_kl" and history[-1]["kl"] > .5 and all(r["kl"] <= .5 for r in history[:-1])
+    free = train_rlhf(fresh(folders("t5")), says_ask, PROMPTS, dataclasses.replace(far, max_kl=None, steps=len(history)))
+    assert history[:-1] == free[:len(history) - 1]  # until it stops, a braked run is the free one
     history = train_rlhf(fresh(folders("t5")), says_ask, PROMPTS, SMALL, callback=lambda row, policy: True)
     assert len(history) == 1 and history[0]["stopped"] == "callback"
 
@@ -314,10 +321,11 @@ def test_adaptive_price_in_the_loop(folders):
 
 
 @pytest.mark.parametrize("change, words", [
-    (dict(prompts=[]), "prompts is empty"), (dict(prompts="one prompt"), "list of strings"), (dict(prompts=["a", 3]), "list of strings"),
-    (dict(prompts=["a", " "]), r"prompts\[1\] is blank"), (dict(reward_fn=3), "reward_fn is int"), (dict(gold_fn=3), "gold_fn is int"),
-    (dict(config={}), "config is dict"), (dict(seed=-1), "seed is -1"),
-    (dict(reward_fn=lambda p, t: torch.zeros(len(t), 2)), "returned shape"), (dict(reward_fn=lambda p, t: None), "returned NoneType"),
+    (dict(prompts=[]), "prompts is empty"), (dict(prompts="one prompt"), "prompts is 'one prompt'; a list of strings is needed. Wrap"),
+    (dict(prompts=["a", 3]), r"prompts\[1\] is 3; a list of strings is needed"),
+    (dict(prompts=["a", " "]), r"prompts\[1\] is blank"), (dict(reward_fn=3), "reward_fn is int; .* Pass the function itself"),
+    (dict(gold_fn=3), "gold_fn is int"), (dict(config={}), "config is dict"), (dict(seed=-1), "seed is -1; .* Use seed=0"),
+    (dict(reward_fn=lambda p, t: torch.zeros(len(t), 2)), "returned shape"), (dict(reward_fn=lambda p, t: None), "returned NoneType .* Return such a tensor"),
     (dict(reward_fn=lambda p, t: torch.zeros(len(t) - 1)), "returned shape"), (dict(reward_fn=lambda p, t: ["good"] * len(t)), "returned list"),
     (dict(reward_fn=lambda p, t: torch.full((len(t),), math.nan)), "returned nan"),
     (dict(gold_fn=lambda p, t: torch.full((len(t),), math.inf)), "gold_fn returned inf")])
@@ -557,7 +565,7 @@ def test_the_first_look_tells_dropout_from_a_wrong_reference(folders):
 
 def test_lora_size():
     assert lora_size(72, 768, 768, 32) == 3_538_944  # FLAN-T5-base: 36 attentions, q and v; printed by Lab 3
-    with pytest.raises(CourseError, match="must be 1 or more"): lora_size(1, 1, 1, 0)
+    with pytest.raises(CourseError, match="are 1, 1, 1, 0; each must be 1 or more. Give whole sizes"): lora_size(1, 1, 1, 0)
 
 
 # -- real dialogues ---------------------------------------------------------------------------------

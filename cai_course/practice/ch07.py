@@ -24,6 +24,7 @@ def _at_first(score, logprobs, ref_logprobs, beta):
     return [rewards[0] + score, *rewards[1:]]
 def _all_at_the_end(score, logprobs, ref_logprobs, beta):
     return [0.] * (len(logprobs) - 1) + [sum(_token_rewards(score, logprobs, ref_logprobs, beta))]
+def _last_untaxed(score, logprobs, ref_logprobs, beta): return [*_token_rewards(0., logprobs, ref_logprobs, beta)[:-1], score]
 def _absolute(score, logprobs, ref_logprobs, beta):
     rewards = [-beta * abs(p - q) for p, q in zip(logprobs, ref_logprobs)]
     return [*rewards[:-1], rewards[-1] + score]
@@ -43,6 +44,8 @@ token_rewards = Exercise(
             "score first": (_at_first, "The score is known when the reply is finished, so it belongs to the last token."),
             "all at the end": (_all_at_the_end, "The sum is right, the places are not: drift is paid where it happens. At the "
                                                 "end it would blame the last token for what an early one did."),
+            "last untaxed": (_last_untaxed, "The last token gets the score and still pays for its own drift. Here the score took "
+                                            "the place of the price."),
             "absolute": (_absolute, "A token that became less likely has a negative log-ratio, and that is a refund. With "
                                     "absolute values the sum over a reply no longer estimates the KL."),
         },
@@ -61,7 +64,8 @@ def _reply_kl(logprobs, ref_logprobs, mask):
 def _kl_probe(f):
     logp, ref = torch.tensor([[-1., -2., -7.], [-1., -1., -1.]]), torch.tensor([[-2., -2.5, -3.], [-.5, -2., -1.5]])
     mask = torch.tensor([[1., 1., 0.], [1., 1., 1.]])
-    return [float(f(logp, ref, mask)), float(f(ref, logp, mask)), float(f(logp[:1], ref[:1], mask[:1]))]
+    found = f(logp, ref, mask), f(ref, logp, mask), f(logp[:1], ref[:1], mask[:1])
+    return [x if is_blank(x) else torch.as_tensor(x).tolist() for x in found]
 
 reply_kl = Exercise(
     id="07-reply-kl", title="Nats per reply", difficulty="easy", minutes=6,
@@ -77,6 +81,10 @@ reply_kl = Exercise(
                          "The sign is flipped: the policy wrote the tokens, so its log-probability comes first."),
             "absolute": (lambda p, q, m: ((p - q).abs() * m).sum(1).mean(),
                          "Single log-ratios may be negative, and their mean is the KL only if they are left so."),
+            "not averaged": (lambda p, q, m: ((p - q) * m).sum(1),
+                             "One number for each reply is the first half. The KL of the log is their mean."),
+            "never negative": (lambda p, q, m: ((p - q) * m).sum(1).mean().clamp(min=0),
+                               "The estimate may come out below zero. Cut off there, it would be too large on average."),
             "summed": (lambda p, q, m: ((p - q) * m).sum(),
                        "Nearly: this grows with the number of replies. Average over them."),
         },
@@ -169,7 +177,8 @@ def _diagnose(kl, own): return "dropout" if own >= .01 else "wrong reference" if
 diagnose_start = Exercise(
     id="07-diagnose-start", title="What is wrong with this run?", difficulty="medium", minutes=6,
     check=Check(
-        lambda f: [f(0., 0.), f(1e-5, 2e-5), f(29.3, 1e-5), f(.8, .4), f(-.003, .9), f(-.002, 3e-5), f(5., 2.)],
+        lambda f: [f(0., 0.), f(1e-5, 2e-5), f(29.3, 1e-5), f(.8, .4), f(-.003, .9), f(-.002, 3e-5), f(5., 2.),
+                   f(.04, 1e-5), f(1e-4, .03), f(-.02, 2e-5)],
         _diagnose,
         mistakes={
             "only the KL": (lambda kl, own: "fine" if abs(kl) < .01 else "wrong reference" if own < .01 else "dropout",
@@ -180,6 +189,10 @@ diagnose_start = Exercise(
             "no room for rounding": (lambda kl, own: "dropout" if own > 0 else "wrong reference" if kl != 0 else "fine",
                                      "Exactly 0 is too much to ask: whole replies at once and one token at a time round "
                                      "differently. Below 0.01 is fine."),
+            "only large gaps": (lambda kl, own: "dropout" if own >= .1 else "wrong reference" if abs(kl) >= .1 else "fine",
+                                "Rounding stays below 0.01, so whatever is above it has a cause, however small it looks."),
+            "sign of the KL": (lambda kl, own: "dropout" if own >= .01 else "wrong reference" if kl >= .01 else "fine",
+                               "On few replies the estimate of a small divergence may fall below zero. Its size is what counts."),
             "KL first": (lambda kl, own: "wrong reference" if abs(kl) >= .01 else "dropout" if own >= .01 else "fine",
                          "Dropout spoils the KL as well, so a large KL alone does not tell which it is. Ask the other number "
                          "first."),
