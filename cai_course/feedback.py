@@ -44,7 +44,7 @@ def rankings_to_votes(
             rows.append((ranking["prompt"], texts[a], texts[b], str(ranking["labeler"]), vote))
     if not rows:
         raise CourseError("there is no contest in these rankings; at least one ranking of two different replies is "
-                          "needed.")
+                          "needed. Draw replies that differ, and collect rankings of them.")
     votes = pd.DataFrame(rows, columns=["prompt", "a", "b", "labeler", "vote"])
     votes.insert(0, "task", votes.groupby(["prompt", "a", "b"], sort=False).ngroup())
     return votes
@@ -52,10 +52,11 @@ def rankings_to_votes(
 def _check_ranking(ranking, where):
     needed = ("prompt", "completions", "labeler", "ranks")
     if not isinstance(ranking, Mapping) or not set(needed) <= set(ranking):
-        raise CourseError(f"{where}: found {str(ranking)[:80]!r}; a ranking needs {', '.join(needed)}.")
+        raise CourseError(f"{where}: found {str(ranking)[:80]!r}; a ranking needs {', '.join(needed)}. "
+                          "collect_rankings makes such rows.")
     texts = ranking["completions"]
     if isinstance(texts, str) or not all(isinstance(t, str) for t in texts):
-        raise CourseError(f"{where}: completions must be a list of strings.")
+        raise CourseError(f"{where}: completions are {str(texts)[:80]!r}; a list of strings is needed. Give the text of each reply.")
     try: ranks = np.asarray(ranking["ranks"], float)
     except (TypeError, ValueError):
         raise CourseError(f"{where}: ranks are {ranking['ranks']!r}; give one number per completion.") from None
@@ -88,7 +89,8 @@ def written_sets(
     styles:dict=FOUR_STYLES, # Styles of the replies to each group of requests
 )->tuple[list[str], list[list[str]]]: # n prompts, and a written reply of each style to each, shuffled
     "Something to rank that needs no model. Raises `CourseError` for an odd number."
-    if n < 2 or n % 2: raise CourseError(f"n is {n}; an even number of at least 2 is needed, half of each group.")
+    if n < 2 or n % 2: raise CourseError(f"n is {n}; an even number of at least 2 is needed, half of each group. "
+                                      "Add or drop one.")
     asked = [r for group in styles for r in world.requests(group, split, limit=n // 2, seed=seed)]
     sets = []
     for request in asked:
@@ -109,8 +111,8 @@ def collect_rankings(
     Raises `CourseError` if the lists do not match, there is no labeler, or two labelers share a name.
     """
     if isinstance(prompts, str) or len(prompts) != len(completions) or not len(prompts):
-        raise CourseError(f"there are {len(prompts)} prompts and {len(completions)} lists of completions; give one "
-                          "list of replies per prompt, at least one.")
+        raise CourseError(f"there are {len(prompts)} prompts and {len(completions)} lists of completions; as many are needed, "
+                          "at least one. Give a list of replies for each prompt, and put a single prompt into a list.")
     names = [l.name for l in labelers]
     if not names or len(set(names)) < len(names):
         raise CourseError(f"labelers are {names}; give at least one, each with a name of its own.")
@@ -189,7 +191,7 @@ def mean_agreement(
              for x, y in combinations(row[~np.isnan(row)], 2)]
     if not pairs:
         raise CourseError("no contest was decided by two labelers; agreement needs at least two opinions on the same "
-                          "replies.")
+                          "replies. Let a second person rank them.")
     return estimate([p for p, _ in pairs], clusters=[p for _, p in pairs], **options)
 
 def cohen_kappa(
@@ -213,7 +215,7 @@ def fleiss_kappa(
     table = vote_table(votes).dropna()
     if table.shape[1] < 2 or not len(table):
         raise CourseError(f"{table.shape[1]} labelers have {len(table)} tasks in common; Fleiss' kappa needs two "
-                          "labelers and a task that all decided.")
+                          "labelers and a task that all decided. Leave out whoever skipped most, or use mean_agreement.")
     counts, names = aggregate_raters((table.to_numpy() * 2).astype(int))
     return float(fleiss_kappa(counts)) if len(names) > 1 else math.nan
 
@@ -221,12 +223,13 @@ def _same_length(a, b):
     a, b = np.asarray(a), np.asarray(b)
     if a.ndim != 1 or a.shape != b.shape or not len(a):
         raise CourseError(f"the two raters have shapes {a.shape} and {b.shape}; both need one label per item, for "
-                          "the same items.")
+                          "the same items. Keep the items that both rated.")
     for name, x in (("first", a), ("second", b)):
         if x.dtype.kind == "f" and np.isnan(x).any():
-            raise CourseError(f"the {name} rater has NaN labels; keep only the items that both rated.")
+            raise CourseError(f"the {name} rater has {int(np.isnan(x).sum())} NaN labels of {len(x)}; every item needs a label. "
+                              "Keep only the items that both rated.")
         if x.dtype.kind not in "biufUS":
-            raise CourseError(f"the {name} rater's labels are {x[:3].tolist()}...; use numbers or strings.")
+            raise CourseError(f"the {name} rater's labels are {x[:3].tolist()}...; numbers or strings are needed. Convert them.")
     return a, b
 
 # %% ../nbs/04_human_feedback.ipynb #fe640f4c
@@ -240,10 +243,11 @@ def kendall_w(
     from scipy.stats import rankdata
     try: table = np.asarray(ranks, float)
     except (TypeError, ValueError):
-        raise CourseError("ranks must be a table of numbers with one row per labeler, all equally long.") from None
+        raise CourseError(f"ranks are {str(ranks)[:80]!r}; a table of numbers is needed, one row per labeler, all equally long. "
+                          "Leave out labelers who ranked other replies.") from None
     if table.ndim != 2 or min(table.shape) < 2 or not np.isfinite(table).all():
         raise CourseError(f"ranks have shape {table.shape}; Kendall's W needs finite ranks of at least two labelers "
-                          "for at least two replies.")
+                          "for at least two replies. Drop replies that somebody did not rank.")
     m, n = table.shape
     table = np.array([rankdata(row) for row in table])                # (m, n) ties share their mean rank
     ties = sum((t**3 - t).sum() for row in table for t in [np.unique(row, return_counts=True)[1].astype(float)])
@@ -284,7 +288,8 @@ def dawid_skene(
     from crowdkit.aggregation import DawidSkene, OneCoinDawidSkene
     vote_table(votes)
     decided = votes[votes.vote != .5]
-    if not len(decided): raise CourseError("every vote is a tie; Dawid-Skene needs preferences.")
+    if not len(decided): raise CourseError(f"all {len(votes)} votes are ties; Dawid-Skene needs preferences. Use majority, or a "
+                                       "form without ties.")
     data = pd.DataFrame(dict(task=decided.task, worker=decided.labeler, label=decided.vote.astype(int)))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)            # crowd-kit calls pandas the old way
@@ -312,7 +317,7 @@ def outlier_labelers(
     table = vote_table(votes)
     if table.shape[1] < 3:
         raise CourseError(f"there are {table.shape[1]} labelers; with fewer than three nobody can be told apart from "
-                          "the majority.")
+                          "the majority. Ask a third person.")
     prompts = votes.drop_duplicates("task").set_index("task").prompt
     rows = {}
     for who in table:
@@ -351,9 +356,10 @@ class LabelDesk:
             item = self.items.setdefault(ranking["prompt"], dict(texts=list(ranking["completions"]), others=[]))
             if sorted(item["texts"]) != sorted(ranking["completions"]):
                 raise CourseError(f"ranking {number}: other replies to {ranking['prompt'][:40]!r} than before; "
-                                  "everybody must rank the same ones.")
+                                  "everybody must rank the same ones. Give the desk one set of replies for each prompt.")
             item["others"].append(ranking)
-        if not self.items: raise CourseError("the desk got no rankings; collect some with collect_rankings.")
+        if not self.items: raise CourseError("the desk got no rankings; it needs those of others. Collect some with "
+                                             "collect_rankings.")
         for item in self.items.values(): item["order"] = rng.sample(range(len(item["texts"])), len(item["texts"]))
         self.prompts, self.place, self.rankings = list(self.items), 0, []
         self.clear()
@@ -397,7 +403,8 @@ class LabelDesk:
 
     def votes(self)->pd.DataFrame: # As from `rankings_to_votes`: of the prompts that you ranked, yours and the others'
         "Everybody's votes so far. Raises `CourseError` before the first ranking."
-        if not self.rankings: raise CourseError("nothing is ranked yet; click the replies and hand in one item.")
+        if not self.rankings: raise CourseError(f"nothing is ranked yet, of {len(self.prompts)} prompts; votes need one. Click "
+                                                "the replies and hand in.")
         seen = [r for mine in self.rankings for r in self.items[mine["prompt"]]["others"]]
         return rankings_to_votes(seen + self.rankings)
 
@@ -427,7 +434,7 @@ class LabelDesk:
         if not mine: columns.append(dict.fromkeys(item["texts"], "?"))
         left, show = 'style="text-align:left"', lambda x: html.escape(f"{x:g}" if not isinstance(x, str) else x)
         head = "".join(f'<th scope="col">{html.escape(str(name))}</th>' for name in names)
-        rows = "".join(f'<tr><th scope="row" {left}>{html.escape(item["texts"][i])}</th>'
+        rows = "".join(f'<tr><th scope="row" style="text-align:left;font-weight:normal">{html.escape(item["texts"][i])}</th>'
                        + "".join(f"<td>{show(column[item['texts'][i]])}</td>" for column in columns) + "</tr>"
                        for i in item["order"])
         return (f"<table><caption {left}>{html.escape(prompt)}</caption><thead><tr><th scope=\"col\" {left}>reply</th>"
@@ -454,7 +461,7 @@ class LabelDesk:
                 buttons[i].description = f"rank {ranks[i]}" if i in ranks else "choose"
                 buttons[i].disabled = i in ranks
             hand_in.disabled = not shown or len(ranks) < len(shown)
-            before.value = self.table(self.place - 1) if self.place else ""
+            before.value = f"<b>The prompt before, and everybody's ranks</b>{self.table(self.place - 1)}" if self.place else ""
             said.value = f'<span role="status">{html.escape(self.message())}</span>'
 
         def clicked(position):
@@ -579,7 +586,8 @@ def label_agreement(
     a, b = (x.astype(float) for x in _same_length(a, b))
     for name, x in (("a", a), ("b", b)):
         if not ((x >= 0) & (x <= 1)).all():
-            raise CourseError(f"{name} holds {x[(x < 0) | (x > 1)][0]}; labels are probabilities in [0, 1].")
+            raise CourseError(f"{name} holds {x[(x < 0) | (x > 1)][0]}; labels are probabilities in [0, 1]. "
+                              "Log-odds? Apply the sigmoid first.")
     return estimate((1 + np.sign(a - .5) * np.sign(b - .5)) / 2, seeds=seeds, clusters=clusters, **options)
 
 # %% ../nbs/04_human_feedback.ipynb #58bf3d95
@@ -593,10 +601,12 @@ def gold_report(
     Raises `CourseError` if no labeler saw a gold question, or an answer is not 0 or 1.
     """
     if any(answer not in (0, 1) for answer in gold.values()):
-        raise CourseError("gold answers must be 1 (a is better) or 0 (b is better); leave undecided contests out.")
+        raise CourseError(f"gold answers are {str(sorted(set(map(str, gold.values()))))[:60]}; each must be 1 (a is better) or "
+                          "0 (b is better). Leave undecided contests out.")
     table = vote_table(votes)
     use = [task for task in table.index if task in gold]
-    if not use: raise CourseError(f"none of the {len(gold)} gold questions is among the tasks of these votes.")
+    if not use: raise CourseError(f"none of the {len(gold)} gold questions is among the {len(table)} tasks of these votes; at least "
+                               "one is needed. Take their numbers from the column task.")
     prompts, rows = votes.drop_duplicates("task").set_index("task").prompt, {}
     for who in table:
         given = table.loc[use, who].dropna()

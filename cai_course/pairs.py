@@ -67,9 +67,11 @@ def rankings_to_pairs(
     """
     if ties not in ("drop", "half"): raise CourseError(f'ties is {ties!r}; use "drop" or "half".')
     if not isinstance(prompt, str) or not prompt.strip():
-        raise CourseError(f"prompt is {_short(prompt)}; it must be a string that is not blank.")
+        raise CourseError(f"prompt is {_short(prompt)}; it must be a string that is not blank. "
+                          "Give the request that the completions answer.")
     if isinstance(completions, str) or not all(isinstance(c, str) for c in completions):
-        raise CourseError(f"completions is {_short(completions)}; it must be a list of strings, one per reply.")
+        raise CourseError(f"completions is {_short(completions)}; it must be a list of strings. "
+                          "Give the text of each reply, in the order of the ranks.")
     table = _rank_table(ranks, len(completions))
     rows = []
     for i, j in combinations(range(len(completions)), 2):
@@ -88,12 +90,12 @@ def _rank_table(ranks, n):
     try: table = np.asarray(ranks, float)
     except (TypeError, ValueError):
         raise CourseError(f"ranks is {_short(ranks)}; it must be a list of numbers, or one such list per labeler, "
-                          "all equally long.") from None
+                          "all equally long. Use NaN where one did not rank a reply.") from None
     if table.ndim == 1: _check_ranks(table)
     table = np.atleast_2d(table)
     if table.ndim != 2 or table.shape[1] != n or n < 2 or np.isinf(table).any():
         raise CourseError(f"ranks has shape {np.shape(ranks)} for {n} completions; it needs one finite rank per "
-                          "completion, and at least two completions.")
+                          "completion, and at least two completions. Give NaN where a labeler did not rank one.")
     return table
 
 # %% ../nbs/05_pairs.ipynb #dae716af
@@ -109,8 +111,8 @@ def thumbs_to_pairs(
     """
     thumbs = list(thumbs)
     if len(thumbs) != len(completions) or any(t not in (True, False, None) for t in thumbs):
-        raise CourseError(f"thumbs is {_short(thumbs)} for {len(completions)} completions; give True, False or None "
-                          "for each.")
+        raise CourseError(f"thumbs is {_short(thumbs)} for {len(completions)} completions; each needs "
+                          "True or False. Give None where nobody pressed.")
     keep = [i for i, t in enumerate(thumbs) if t is not None]
     if len({thumbs[i] for i in keep}) < 2: return []
     texts, ranks = [completions[i] for i in keep], [1 if thumbs[i] else 2 for i in keep]
@@ -127,7 +129,8 @@ def consensus_to_pairs(
     pairs = []
     for number, row in enumerate(rows):
         if not isinstance(row, Mapping) or not {"prompt", "a", "b", "probability"} <= set(row):
-            raise CourseError(f"consensus, row {number}: found {_short(row)}; it needs prompt, a, b and probability.")
+            raise CourseError(f"consensus, row {number}: found {_short(row)}; it needs prompt, a, b and probability. "
+                              "Make such rows with majority or dawid_skene.")
         pair = dict(prompt=row["prompt"], chosen=row["a"], rejected=row["b"], label=row["probability"])
         pairs.append(pair if source is None else pair | dict(source=source))
     pairs = preferred_first(pairs, ties="drop" if hard else "keep")
@@ -154,7 +157,7 @@ def validate_pairs(
     for number, row in enumerate(pairs):
         row = _check_row(row, where := f"{name}, row {number}")
         if _kept(row, where, identical): rows.append(row)
-    if not rows: raise CourseError(f"{name} is empty; at least one pair is needed.")
+    if not rows: raise CourseError(f"{name} is empty; at least one pair is needed. Collect some first.")
     return rows
 
 def _check_identical(identical):
@@ -170,7 +173,7 @@ def _kept(row, where, identical): # False for a row to drop; an error where the 
 def _check_row(row, where):
     if not isinstance(row, Mapping):
         raise CourseError(f"{where}: found {_short(row)}; a row must be an object with the columns "
-                          f"{', '.join(COLUMNS)}.")
+                          f"{', '.join(COLUMNS)}. Write it as a dictionary.")
     row = {k: v for k, v in row.items() if not _missing(k, v)}
     for column in COLUMNS:
         if column not in row:
@@ -181,7 +184,8 @@ def _check_row(row, where):
             hint = " It looks conversational: use from_trl." if isinstance(row[column], list) else ""
             raise CourseError(f"{where}, column {column!r}: found {_short(row[column])}; it must be a string.{hint}")
     if not row["prompt"].strip():
-        raise CourseError(f"{where}, column 'prompt': it is blank; a reply can only be judged against a request.")
+        raise CourseError(f"{where}, column 'prompt': it is blank; a reply can only be judged against a request. "
+                          "Fill it in, or remove the row.")
     label = row["label"] = _number(row.get("label", 1.), f"{where}, column 'label'")
     if not 0 <= label <= 1:
         raise CourseError(f"{where}, column 'label': found {label}; it must lie in [0, 1], the probability that "
@@ -190,9 +194,11 @@ def _check_row(row, where):
         if column not in row: continue
         row[column] = _number(row[column], f"{where}, column {column!r}")
         if not 0 <= row[column] < math.inf:
-            raise CourseError(f"{where}, column {column!r}: found {row[column]}; it must be 0 or more and finite.")
+            raise CourseError(f"{where}, column {column!r}: found {row[column]}; it must be 0 or more and finite. "
+                              "Mend it, or leave the column out.")
     if not isinstance(row.get("source", ""), str):
-        raise CourseError(f"{where}, column 'source': found {_short(row['source'])}; it must be a string.")
+        raise CourseError(f"{where}, column 'source': found {_short(row['source'])}; it must be a string. "
+                          "Name where the row is from, or leave the column out.")
     return row
 
 def _missing(column, value):
@@ -201,7 +207,8 @@ def _missing(column, value):
 
 def _number(value, where):
     if isinstance(value, bool) or not isinstance(value, (int, float, np.integer, np.floating)):
-        raise CourseError(f"{where}: found {_short(value)}; it must be a number.")
+        raise CourseError(f"{where}: found {_short(value)}; it must be a number. Convert it, or leave the value "
+                          "out for its default.")
     if math.isnan(value):
         raise CourseError(f"{where}: found NaN; it must be a number. Remove the row, or leave the value out for its "
                           "default.")
@@ -268,7 +275,8 @@ def split_by_prompt(
         raise CourseError(f"test is {test!r}; it must be a share between 0 and 1, such as 0.2.")
     prompts = {prompt_key(r["prompt"]) for r in rows}
     if len(prompts) < 2:
-        raise CourseError("all pairs have the same prompt; a split without leakage needs at least two prompts.")
+        raise CourseError(f"all {len(rows)} pairs have the same prompt; a split without leakage needs at least two prompts. "
+                          "Collect pairs for another one.")
     ordered = sorted(prompts, key=lambda p: hashlib.sha256(f"{seed}|{p}".encode()).hexdigest())
     held = set(ordered[:min(max(1, round(test * len(ordered))), len(ordered) - 1)])
     sides = [[], []]
@@ -330,7 +338,8 @@ def load_pairs(
     except FileNotFoundError:
         raise CourseError(f"{path}: no such file. Check the path, or write one with save_pairs.") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise CourseError(f"{path}: cannot be read as UTF-8 text ({error}).") from None
+        raise CourseError(f"{path}: cannot be read as UTF-8 text ({error}). Check that it is a file, and save it "
+                          "as UTF-8.") from None
     rows = []
     for number, line in enumerate(text.split("\n"), 1):
         if not line.strip(): continue
@@ -338,10 +347,10 @@ def load_pairs(
         try: row = json.loads(line)
         except json.JSONDecodeError as error:
             raise CourseError(f"{where}, column {error.colno}: not JSON ({error.msg}), found {_short(line, 60)}; "
-                              "each line must be one complete object.") from None
+                              "each line must be one complete object. Mend the line, or remove it.") from None
         row = _check_row(row, where)
         if _kept(row, where, identical): rows.append(row)
-    if not rows: raise CourseError(f"{path}: holds no pairs; at least one line is needed.")
+    if not rows: raise CourseError(f"{path}: holds no pairs; at least one line is needed. Write some with save_pairs.")
     return rows
 
 # %% ../nbs/05_pairs.ipynb #da2feda4
@@ -362,7 +371,8 @@ def to_trl(
 ): # `datasets.Dataset` in TRL's explicit preference format
     "Pairs for TRL's reward and preference trainers: the better reply is `chosen` in every row, ties are left out."
     rows = preferred_first(pairs, ties="drop")
-    if not rows: raise CourseError("every pair is a tie (label 0.5); TRL needs a preferred reply in each row.")
+    if not rows: raise CourseError("every pair is a tie (label 0.5); TRL needs a preferred reply in each row. "
+                                "Collect labels that decide.")
     if conversational:
         def turn(role, text): return [dict(role=role, content=text)]
         rows = [r | dict(prompt=turn("user", r["prompt"]), chosen=turn("assistant", r["chosen"]),
@@ -383,7 +393,7 @@ def from_trl(
         where = f"row {number}"
         if not isinstance(row, Mapping) or not {"chosen", "rejected"} <= set(row):
             raise CourseError(f"{where}: found {_short(row)}; TRL's preference format has chosen and rejected, and "
-                              "often prompt.")
+                              "often prompt. Rename the columns.")
         row = dict(row)
         if row.get("prompt") is None: row |= _implicit_prompt(row["chosen"], row["rejected"], where)
         if isinstance(row["prompt"], list): row["prompt"] = _flatten(row["prompt"], where)
@@ -391,14 +401,15 @@ def from_trl(
             if isinstance(row[side], list):
                 if len(row[side]) != 1:
                     raise CourseError(f"{where}, column {side!r}: {len(row[side])} messages; exactly one reply is "
-                                      "needed.")
+                                      "needed. Move earlier turns into the prompt.")
                 row[side] = _content(row[side][0], where)
         result.append(row)
     return validate_pairs(result, identical=identical, name="TRL rows")
 
 def _content(message, where):
     if not isinstance(message, Mapping) or not isinstance(message.get("content"), str):
-        raise CourseError(f"{where}: found message {_short(message)}; it needs a role and a content that is a string.")
+        raise CourseError(f"{where}: found message {_short(message)}; it needs a role and a content that is a string. "
+                          "Write it as {'role': 'user', 'content': '...'}.")
     return message["content"]
 
 def _flatten(messages, where):
@@ -410,7 +421,7 @@ def _flatten(messages, where):
 def _implicit_prompt(chosen, rejected, where):
     if type(chosen) is not type(rejected) or not isinstance(chosen, (str, list)):
         raise CourseError(f"{where}: chosen is {_short(chosen)} and rejected is {_short(rejected)}; both must be "
-                          "strings, or both lists of messages.")
+                          "strings, or both lists of messages. Convert one of them.")
     same = 0
     while same < min(len(chosen), len(rejected)) and chosen[same] == rejected[same]: same += 1
     if isinstance(chosen, str):

@@ -57,7 +57,9 @@ class PPOConfig:
             "target_kl": (self.target_kl is None or self.target_kl > 0, "a number > 0, or None"),
         }
         for name, (fine, need) in rules.items():
-            if not fine: raise CourseError(f"PPOConfig {name} is {getattr(self, name)!r}; needed: {need}.")
+            if not fine:
+                raise CourseError(f"PPOConfig {name} is {getattr(self, name)!r}; needed: {need}. "
+                                  "Mend it where the config is made.")
 
 # %% ../nbs/03_ppo.ipynb #5669d528
 @dataclass
@@ -87,7 +89,8 @@ class Rollout:
                 raise CourseError(f"Rollout {name} has shape {tuple(x.shape)} but logprobs has {shape}. "
                                   "Record all four while sampling, padded to the same (B, T).")
         if self.mask.dtype != torch.bool and not bool(((self.mask == 0) | (self.mask == 1)).all()):
-            raise CourseError("Rollout mask holds values other than 0 and 1. Give 1 for a real step and 0 for padding.")
+            raise CourseError("Rollout mask holds values other than 0 and 1, such as "
+                              f"{self.mask[(self.mask != 0) & (self.mask != 1)][0].item():g}. Give 1 for a real step and 0 for padding.")
         mask = self.mask.detach().bool()
         empty = (~mask.any(1)).nonzero().flatten().tolist()
         if empty:
@@ -104,7 +107,8 @@ class Rollout:
         end = self.bootstrap
         if end is not None and (tuple(end.shape) != shape[:1] or not bool(torch.isfinite(end).all())):
             raise CourseError(f"Rollout bootstrap has shape {tuple(end.shape)} or entries that are not finite; "
-                              f"needed: one finite value per row, shape {shape[:1]}.")
+                              f"needed: one finite value per row, shape {shape[:1]}. Give the critic's value of the state after the "
+                              "last step.")
         return Rollout(**wide, mask=mask, bootstrap=None if end is None else _wide(end.detach()))
 
 
@@ -341,13 +345,14 @@ def _scored(
     "What `evaluate` says about these rows, after a check of its shape."
     parts = evaluate(rows)
     if not isinstance(parts, (tuple, list)) or len(parts) != 3:
-        raise CourseError(f"evaluate returned {type(parts).__name__}; needed: a tuple (logprobs, values, entropy).")
+        raise CourseError(f"evaluate returned {type(parts).__name__}; needed: a tuple (logprobs, values, entropy). "
+                          "Return None for a part whose coefficient is 0.")
     need = (len(rows), old.mask.shape[1])
     for name, x in zip(("logprobs", "values", "entropy"), parts):
         if x is None and name != "logprobs": continue
         if tuple(x.shape) != need:
             raise CourseError(f"evaluate returned {name} of shape {tuple(x.shape)}; needed: {need}, "
-                              "the rows asked for, padded as in the rollout.")
+                              "the rows asked for. Pad them as in the rollout.")
     if not parts[0].requires_grad:
         raise CourseError("evaluate returned logprobs without gradient, so nothing can be learned. "
                           "Score with the live policy, outside torch.no_grad(), and do not detach.")

@@ -32,7 +32,7 @@ def _as_mask(
     if mask is None: return torch.ones_like(like, dtype=torch.bool)
     if mask.shape != like.shape:
         raise CourseError(f"{name} has shape {tuple(mask.shape)}, but what it masks has shape {tuple(like.shape)}. "
-                          "Both must be (B, T): one entry for every step of every row.")
+                          "Both must be (B, T): make the mask with one entry for every step of every row.")
     if mask.dtype == torch.bool: return mask
     if not bool(((mask == 0) | (mask == 1)).all()):
         raise CourseError(f"{name} holds values other than 0 and 1 ({mask.min().item():g} to {mask.max().item():g}). "
@@ -50,7 +50,8 @@ def masked_mean(
     """
     mask = _as_mask(mask, x)
     n = mask.sum()
-    if n == 0: raise CourseError("masked_mean got a mask without a single 1 in it. Drop empty rows before averaging.")
+    if n == 0: raise CourseError(f"masked_mean got a mask {tuple(mask.shape)} without a single 1 in it; at least one real "
+                                  "step is needed. Drop empty rows before averaging.")
     return torch.where(mask, x, torch.zeros_like(x)).sum() / n
 
 # %% ../nbs/02_policy_gradients.ipynb #b2b8e740
@@ -87,16 +88,17 @@ def _checked(
     for other, x in tensors.items():
         if x.shape != first.shape:
             raise CourseError(f"{other} has shape {tuple(x.shape)} but {name} has {tuple(first.shape)}. "
-                              "Both must be (B, T).")
+                              "Both must be (B, T). Pad them to the same width.")
         if not x.is_floating_point():
             raise CourseError(f"{other} has dtype {x.dtype}; needed: floating point. Convert it with .float().")
         bad = (~torch.isfinite(x)) & mask
         if bad.any():
             row, step = (int(i) for i in bad.nonzero()[0])
             raise CourseError(f"{other} is not finite at {int(bad.sum())} of {int(mask.sum())} steps, the first at "
-                              f"row {row}, step {step}: {x[row, step].item()}. Mend its source before training on it.")
+                              f"row {row}, step {step}: {x[row, step].item()}; finite numbers are needed. Mend their source "
+                              "before training on them.")
     for label, value in (("gamma", gamma), ("lam", lam)):
-        if not 0 <= value <= 1: raise CourseError(f"{label} is {value}; it must lie in [0, 1].")
+        if not 0 <= value <= 1: raise CourseError(f"{label} is {value}; it must lie in [0, 1]. Try {.95 if label == 'lam' else 1}.")
     return mask
 
 # %% ../nbs/02_policy_gradients.ipynb #782e2ede
@@ -140,7 +142,7 @@ class Corridor:
         steps = []
         while alive.any():
             if len(steps) == max_steps:
-                raise CourseError(f"{int(alive.sum())} episodes had not ended after {max_steps} steps. "
+                raise CourseError(f"{int(alive.sum())} of {n} episodes had not ended after {max_steps} steps; each must end. "
                                   "Use a policy that does not walk in circles, or raise max_steps.")
             action = (torch.rand(n, generator=generator) < probs[at, 1]).long()
             to = at + 2 * action - 1
@@ -313,7 +315,8 @@ def gae(
     advantages, zero = torch.zeros_like(values), torch.zeros_like(values[:, 0])
     running, next_value = zero, zero if bootstrap is None else bootstrap.detach().to(values)
     if next_value.shape != zero.shape:
-        raise CourseError(f"bootstrap has shape {tuple(next_value.shape)}; needed: {tuple(zero.shape)}, one per row.")
+        raise CourseError(f"bootstrap has shape {tuple(next_value.shape)}; needed: {tuple(zero.shape)}, one per row. "
+                          "Give the value of the state after the last step of each.")
     for t in reversed(range(values.shape[1])):
         delta = rewards[:, t] + gamma * next_value - values[:, t]  # delta_t, GAE eq. 11
         running = torch.where(mask[:, t], delta + gamma * lam * running, running)  # A_t, GAE eq. 16, as a recursion

@@ -249,7 +249,7 @@ def _moved(
     cells = agent(boards * to_move(boards).to(boards.dtype)[:, None])
     if tuple(cells.shape) != (len(boards),):
         raise CourseError(f"The agent returned shape {tuple(cells.shape)} for {len(boards)} boards; needed: one cell "
-                          f"each, shape ({len(boards)},).")
+                          f"each, shape ({len(boards)},). Let it choose with argmax(1), without keeping the axis.")
     return place(boards, cells)
 
 
@@ -507,7 +507,8 @@ class TicTacToeVectorEnv(gymnasium.vector.VectorEnv):
         whole = actions.shape == (self.num_envs,) and actions.dtype.kind in "iu"
         if not whole or actions.min() < 0 or actions.max() > 8:
             raise CourseError(f"step got actions of shape {actions.shape} and type {actions.dtype}; needed: one whole "
-                              f"number from 0 to 8 for each of the {self.num_envs} games.")
+                              f"number from 0 to 8 for each of the {self.num_envs} games. Choose among the cells that "
+                              'info["action_mask"] marks.')
         legal = self.free[self.codes, actions]
         moved = self._answered(self.codes + self.stone[actions] * legal, legal)
         ended = ~legal | (self.count[moved] == 0)
@@ -539,7 +540,7 @@ class TicTacToeVectorEnv(gymnasium.vector.VectorEnv):
             fits = cells.shape == where.shape and ((cells >= 0) & (cells <= 8)).all()
             if not fits or not self.free[codes[where], cells].all():
                 raise CourseError(f"The opponent answered {len(where)} boards with {str(cells)[:60]}; needed: one free "
-                                  "cell for each.")
+                                  "cell for each. Let it choose among the cells that hold 0.")
             codes = codes.copy()
             codes[where] -= self.stone[cells]
         return codes
@@ -772,7 +773,7 @@ class PlayBoard:
         players:dict[str, Player], # From weak to strong; the names stand on the slider
         position:Tensor|None=None, # Board `(9,)` for the picture; None: the empty board
     ):
-        if not players: raise CourseError("PlayBoard got no players; needed: at least one, as {name: Player(...)}.")
+        if not players: raise CourseError(f"PlayBoard got no players: {players!r}; needed: at least one. Give {{name: Player(...)}}.")
         self.players, self.name = dict(players), next(iter(players))
         self.position = new_boards(1)[0] if position is None else position
         self.tally = {"won": 0, "drawn": 0, "lost": 0}  # from your chair
@@ -819,7 +820,7 @@ class PlayBoard:
     def widget(self): # An ipywidgets box
         "The live board."
         import ipywidgets as w
-        square = w.Layout(width="64px", height="64px", margin="0", padding="0")
+        square = w.Layout(width="64px", height="64px", margin="0", padding="0", border="1px solid #767676")  # white cells show
         cells = [w.Button(layout=square, tooltip=f"cell {i}") for i in range(9)]
         who = w.SelectionSlider(options=list(self.players), value=self.name, description="Opponent",
                                 layout=w.Layout(width="360px", max_width="100%"))

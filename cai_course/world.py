@@ -100,7 +100,7 @@ def combinations(
             raise CourseError(f"{name} is {value!r}; it must be one of {', '.join(allowed)}, or left out for all.")
     known = {topic.kind for topic in topics() if group in (None, topic.group)}
     if kind is not None and kind not in known:
-        raise CourseError(f"kind is {kind!r}; known kinds here are {', '.join(sorted(known))}.")
+        raise CourseError(f"kind is {kind!r}; it must be one of {', '.join(sorted(known))}, or left out for all.")
     return tuple((topic, target, item) for topic in topics()
                  if group in (None, topic.group) and kind in (None, topic.kind)
                  for target in topic.targets for item in topic.items
@@ -121,7 +121,7 @@ def requests(
     found, shared = combinations(group, split, kind), lexicon()["shared"]
     wordings = list(itertools.product(shared["frames"], shared["times"]))
     total = len(found) * len(wordings)
-    if limit is not None and limit < 0: raise CourseError(f"limit is {limit}; give a number of requests of at least 0.")
+    if limit is not None and limit < 0: raise CourseError(f"limit is {limit}; a number of at least 0 is needed. Leave it out for all.")
     picks = (range(total) if limit is None or limit >= total
              else random.Random(f"requests-{seed}").sample(range(total), limit))
     out = []
@@ -201,10 +201,10 @@ def reply(
     text = request if isinstance(request, str) else request.text
     meaning = understand(text)
     if meaning is None:
-        raise CourseError(f"{text[:60]!r} is not a request of the pocket world; draw one with requests().")
+        raise CourseError(f"{text[:60]!r} is not understood; a request of the pocket world is needed. Draw one with requests().")
     topic, target, item = meaning
     shared, harmful = lexicon()["shared"], topic.group == "harmful"
-    if style not in REPLY_STYLES: raise CourseError(f"style is {style!r}; it must be one of {', '.join(REPLY_STYLES)}.")
+    if style not in REPLY_STYLES: raise CourseError(f"style is {style!r}; it must be one of {', '.join(REPLY_STYLES)}. Choose one.")
     if style in ("comply", "refuse") and not harmful:
         raise CourseError(f"style {style!r} needs a harmful request; {text[:60]!r} is {topic.group}. Use 'helpful'.")
     opener = rng.choice([""] + [word + " " for word in shared["openers"]])
@@ -340,7 +340,8 @@ def judge(
     rudeness and refusals, but `helpful` is 0 because nothing is known about what would help.
     """
     if not isinstance(prompt, str) or not isinstance(response, str):
-        raise CourseError(f"the oracle reads two strings, got {type(prompt).__name__} and {type(response).__name__}.")
+        raise CourseError(f"the oracle reads two strings, got {type(prompt).__name__} and {type(response).__name__}. "
+                          'Give it the text of a prompt and of a response; "" stands for no answer.')
     if prompt.startswith((TALK_OPENING, SKILL_OPENING)): return _judge_task(prompt, response)
     meaning = understand(prompt)
     sentences = _sentences(response)
@@ -437,7 +438,7 @@ def dialogues(
     rude:bool|None = None, # Only rude talks, only polite ones, or half and half
 ) -> list:                # of `Dialogue`
     "Talks about a favor; a combination of the two people and the favor belongs to one split."
-    if split not in SPLITS: raise CourseError(f"split is {split!r}; it must be one of {', '.join(SPLITS)}.")
+    if split not in SPLITS: raise CourseError(f"split is {split!r}; it must be one of {', '.join(SPLITS)}. Choose one.")
     words, rng, out = lexicon()["shared"]["talk"], random.Random(f"talk-{split}-{seed}"), []
     while len(out) < limit:
         asker, helper = rng.sample(words["names"], 2)
@@ -449,7 +450,7 @@ def dialogues(
 
 def skill_items(split:str, limit:int, seed:int = 0) -> list: # of `SkillItem`
     "Questions of three or four words; an ordered set of words belongs to one split."
-    if split not in SPLITS: raise CourseError(f"split is {split!r}; it must be one of {', '.join(SPLITS)}.")
+    if split not in SPLITS: raise CourseError(f"split is {split!r}; it must be one of {', '.join(SPLITS)}. Choose one.")
     rng, words, out = random.Random(f"skill-{split}-{seed}"), lexicon()["shared"]["skill_words"], []
     while len(out) < limit:
         chosen = rng.sample(words, rng.choice([3, 4]))

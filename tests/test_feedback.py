@@ -69,7 +69,7 @@ def test_ties_and_identical_replies():
 
 @pytest.mark.parametrize("bad, words", [(dict(ranks=[1, 2]), "3 completions"),
                                         (dict(ranks=[1, 2, math.nan]), "finite"), (dict(ranks="abc"), "one number"),
-                                        (dict(completions="text"), "list of strings")])
+                                        (dict(completions="text"), "completions are 'text'; a list of strings")])
 def test_bad_rankings(bad, words):
     good = house(H1=[1, 2, 3])[0]
     with pytest.raises(CourseError, match=words) as caught: rankings_to_votes([good, good | bad])
@@ -319,7 +319,7 @@ def test_gold_questions_see_through_a_gang():
     assert (report.contests == 40).all()
     mine = vote_table(votes).loc[list(gold), "L0"]
     assert report.right["L0"] == pytest.approx(np.mean([mine[t] == g for t, g in gold.items()]))
-    for bad, words in (({}, "none of the 0"), ({-5: 1}, "none of the 1"), ({0: .5}, "1 .a is better. or 0")):
+    for bad, words in (({}, "none of the 0"), ({-5: 1}, "none of the 1"), ({0: .5}, "gold answers are \\['0.5'\\]; each must be 1 .a is better. or 0")):
         with pytest.raises(CourseError, match=words): gold_report(votes, bad)
 
 

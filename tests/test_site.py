@@ -465,6 +465,21 @@ def test_every_page_opens_without_a_complaint_and_fits_a_phone(visit, pages, add
 
 
 @pytest.mark.slow
+def test_no_words_of_a_figure_are_cut_off(visit, site):
+    """A title that is longer than its figure loses its end; up to half a letter is forgiven."""
+    page, cut = visit("index.html"), []
+    for path in sorted((site / "_images").glob("*.svg")):
+        page.set_content(f"<body style='margin: 0'>{path.read_text(encoding='utf-8').partition('<svg')[2].join(('<svg', ''))}</body>")
+        cut += page.evaluate("""name => {
+            const sheet = document.querySelector('svg').getBoundingClientRect();
+            return [...document.querySelectorAll('svg g[id^="text_"]')].map(each => [each.getBoundingClientRect(), each])
+                .filter(([box]) => box.width && (box.left < sheet.left - 5 || box.right > sheet.right + 5
+                                                 || box.top < sheet.top - 5 || box.bottom > sheet.bottom + 5))
+                .map(([box, each]) => `${name}: ${each.textContent.trim() || each.innerHTML.slice(0, 80)}`)}""", path.name)
+    assert cut == []
+
+
+@pytest.mark.slow
 def test_search_finds_what_people_look_for(visit):
     for term in TERMS:
         page = visit(f"search.html?q={term.replace(' ', '+')}")

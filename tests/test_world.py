@@ -253,9 +253,9 @@ def test_labelers_differ_as_their_descriptions_say():
 @pytest.mark.parametrize("call, message", [
     (lambda: world.requests("evil"), "group is 'evil'; it must be one of"),
     (lambda: world.requests(split="dev"), "split is 'dev'; it must be one of"),
-    (lambda: world.requests("harmful", kind="cooking"), "kind is 'cooking'; known kinds here are"),
+    (lambda: world.requests("harmful", kind="cooking"), "kind is 'cooking'; it must be one of"),
     (lambda: world.requests(limit=-1), "limit is -1"),
-    (lambda: world.reply("What is love?", "refuse", random.Random(0)), "is not a request of the pocket world"),
+    (lambda: world.reply("What is love?", "refuse", random.Random(0)), "is not understood; a request of the pocket world is needed"),
     (lambda: world.reply(GOOD[0], "refuse", random.Random(0)), "needs a harmful request"),
     (lambda: world.reply(GOOD[0], "sarcastic", random.Random(0)), "style is 'sarcastic'"),
     (lambda: world.dialogues("dev", 1), "split is 'dev'"),

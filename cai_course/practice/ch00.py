@@ -9,6 +9,7 @@ __all__ = ['fool_the_counter', 'split_by_combination', 'read_a_verdict', 'over_r
 # %% ../../nbs/practice/00_pocket_world.ipynb #9815877b
 import hashlib
 import random
+from unittest.mock import patch
 
 from ..exercises import BLANK, Check, Exercise, is_blank, quiz
 from ..world import Request, Verdict, judge, reply, requests, to_you, understand, word_judge
@@ -56,6 +57,8 @@ def _split_fault(split): # the first thing that is wrong with a split into "trai
     parts = lambda rows: {(r.kind, r.topic) for r in rows} | {r.slots[0] for r in rows}
     if not set(sides) <= {"train", "heldout"}: return f"some answers are {sorted(set(map(str, sides)))[0]!r}"
     if sides != [split(r) for r in drawn]: return "a request got two different answers"
+    with patch("builtins.hash", lambda thing: _HASH(("another session", thing))):  # Python salts it anew in every session
+        if sides != [split(r) for r in drawn]: return "another session gives other answers"
     if {key(r) for r in trained} & {key(r) for r in held}: return "a combination stands on both sides"
     if parts(trained) != parts(drawn): return "a person or a topic was never trained on"
     if not held: return "nothing is held out"
@@ -73,6 +76,9 @@ split_by_combination = Exercise(
             "requests. Leave the wording out of the hash."),
         "a fresh draw each time": (lambda r: "heldout" if _DICE.random() < .2 else "train",
             "Asked twice, you gave two answers. A split must be a function of the request, so use a hash and no dice."),
+        "Python's own hash": (lambda r: "heldout" if hash((r.kind, r.topic, r.slots)) % 5 == 0 else "train",
+            "Python's own `hash` of a text differs from session to session: tomorrow some held-out requests would be "
+            "training requests. Use a hash that no run can change, such as `hashlib.sha256`."),
         "whole people held out": (lambda r: _side(r.slots[0]),
             "Some people or topics were never trained on, so you would measure unknown words and not new combinations. "
             "Hash topic, person and item together."),
@@ -86,7 +92,7 @@ split_by_combination = Exercise(
              '    number = int(hashlib.sha256(parts.encode()).hexdigest(), 16)\n'
              '    return "heldout" if number % 5 == 0 else "train"')
 
-_DICE = random.Random(0)
+_DICE, _HASH = random.Random(0), hash
 
 # %% ../../nbs/practice/00_pocket_world.ipynb #6bf95a04
 _REPLIES = {

@@ -22,16 +22,18 @@ from cai_course.tictactoe import (
 )
 
 # %% ../../nbs/practice/01_tictactoe.ipynb #634209e7
-_three = torch.tensor([[1, 0, 0, 0, -1, 0, 0, 0, 1], [1, 1, 1, -1, -1, 0, 0, 0, 0], [1, -1, 1, 1, -1, -1, -1, 1, 1]],
-                      dtype=torch.int8)
+_four = torch.tensor([[1, 0, 0, 0, -1, 0, 0, 0, 1], [1, 1, 1, -1, -1, 0, 0, 0, 0], [1, -1, 1, 1, -1, -1, -1, 1, 1],
+                      [-1, -1, -1, 1, 1, 0, 0, 0, 0]], dtype=torch.int8)
 
 action_space = Exercise(
     "01-action-space", "Which cells may be taken?", "easy", 4,
-    Check(lambda f: f(_three.clone()), lambda views: (views == 0) & ~is_over(views)[:, None], {
+    Check(lambda f: f(_four.clone()), lambda views: (views == 0) & ~is_over(views)[:, None], {
         "taken cells": (lambda views: (views != 0) & ~is_over(views)[:, None],
                         "These are the cells that hold a stone. Which value marks a free one?"),
         "games that are over": (lambda views: views == 0,
                                 "The second board is won, yet your answer still allows moves on it."),
+        "only one's own line": (lambda views: (views == 0) & ~(winner(views) > 0)[:, None],
+                                "On the last board the other player has three in a row. That game is over, too."),
         "only the opponent's stones": (lambda views: (views != -1) & ~is_over(views)[:, None],
                                        "A player may not take a cell that holds its own stone either."),
     }, "Free cells, and none once the game is over: the mask that every learner with a fixed set of actions needs."),

@@ -122,7 +122,7 @@ never_negative = Exercise(
 def _mean_per_step(x, mask): return torch.where(mask.bool(), x, 0.).sum() / mask.sum()
 
 _NAN = float("nan")
-_X = torch.tensor([[1., 2., 3., 4.], [10., _NAN, _NAN, _NAN], [5., 6., _NAN, _NAN]])
+_X = torch.tensor([[1., 2., 3., 4.], [10., _NAN, _NAN, _NAN], [5., 6., 7., _NAN]])
 _MASK = torch.tensor([[1, 1, 1, 1], [1, 0, 0, 0], [1, 1, 0, 0]])
 
 def _shifted(x, mask): # the last real step of each row is lost
@@ -138,6 +138,8 @@ mean_per_step = Exercise(
                         "entries, padding included. Then a longer row elsewhere changes the loss."),
         "times the mask": (lambda x, m: (x * m).sum() / m.sum(), "0 times nan is nan. Choose the entries instead of "
                            "multiplying them away."),
+        "nan for padding": (lambda x, m: x.nanmean(), "You left out the nan. But padding holds other numbers as well: only "
+                            "the mask says what is real."),
         "off by one": (_shifted, "The mask is shifted by one position: the last real step of each row is missing."),
         "sum": (lambda x, m: torch.where(m.bool(), x, 0.).sum(), "That is the sum over the real steps. Divide it by "
                 "their number."),
