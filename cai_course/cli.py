@@ -7,10 +7,13 @@ __all__ = ['COMMANDS', 'make_parser', 'completion_script', 'main']
 
 # %% ../nbs/tools/cli.ipynb #2fe2ace4
 import argparse
+import contextlib
 import dataclasses
+import difflib
 import json
 import os
 import re
+import signal
 import sys
 import warnings
 from importlib import metadata
@@ -22,9 +25,26 @@ from .errors import CourseError
 class _Parser(argparse.ArgumentParser):
     """A parser whose mistakes are one line, like all others."""
 
-    def error(self, message):
+    def __init__(self, **options):
+        super().__init__(**{"allow_abbrev": False, **options})
+
+    def error(self, message, hint=""):
         message = re.sub(r"^argument ([^:]+): ", r"\1: ", message)
-        self.exit(2, f"error: {message}. See `{self.prog} --help`.\n")
+        if wrong := re.search(r"invalid choice: '(.*)' \(choose from (.*)\)", message, re.S):
+            hint = _meant([wrong[1]], re.findall(r"[\w.-]+", wrong[2]))
+        self.exit(2, f"error: {_one_line(message)}. {hint}See `{self.prog} --help`.\n")
+
+    def refuse(self, words): # What neither an option nor an argument has taken
+        options = [word.split("=")[0] for word in words if word.startswith("-")]
+        self.error(f"unrecognized arguments: {' '.join(words)}", _meant(options, self._option_string_actions))
+
+
+def _meant(
+    words, # What was typed
+    names, # What there is
+) -> str: # "Did you mean --seed? ", or nothing if nothing is near
+    near = [match for word in words for match in difflib.get_close_matches(word, names, 1)]
+    return f"Did you mean {' '.join(near)}? " if near else ""
 
 
 def _number(
@@ -61,12 +81,11 @@ def make_parser() -> argparse.ArgumentParser: # For `main`, and for the docs
     """The parser of all commands."""
     from cai_course.cai import AlignConfig
 
-    parser = _Parser(prog="cai-course", allow_abbrev=False,
-                     description="From tic-tac-toe to a language model aligned by a constitution.")
+    parser = _Parser(prog="cai-course", description="From tic-tac-toe to a language model aligned by a constitution.")
     parser.add_argument("--version", action="version", version=f"cai-course {metadata.version('cai_course')}")
     commands = parser.add_subparsers(dest="command", metavar="command", required=True, parser_class=_Parser)
 
-    align = commands.add_parser("align", allow_abbrev=False, help="align a model with a constitution",
+    align = commands.add_parser("align", help="align a model with a constitution",
                                 formatter_class=argparse.RawDescriptionHelpFormatter,
                                 description="Both phases of Constitutional AI, measured against the base model. The "
                                 "run folder OUT/NAME holds every\n"
@@ -141,6 +160,8 @@ def make_parser() -> argparse.ArgumentParser: # For `main`, and for the docs
     experiment.add_argument("--list", action="store_true", help="list all experiments and what was found")
     experiment.add_argument("--json", action="store_true", help="print JSON instead of text")
     experiment.add_argument("--quiet", action="store_true", help="no progress bar")
+    for each in commands.choices.values():
+        each.set_defaults(parser=each)
     return parser
 
 
@@ -164,6 +185,15 @@ def _add_field(
                            help=text + (f" (default: {default})" if default else ""))
 
 # %% ../nbs/tools/cli.ipynb #9ad48ac8
+def _check_tokenizer(
+    name: str, # Model as it was given
+) -> None:
+    folder = Path(name).expanduser()
+    if (folder / "config.json").is_file() and not [*folder.glob("*tok*"), *folder.glob("vocab*"), *folder.glob("*.model")]:
+        raise CourseError(f"the folder {name} has no tokenizer (such as tokenizer.json); a model is read and written through its "
+                          "own. Copy the tokenizer's files there, or save it there with tokenizer.save_pretrained.")
+
+
 def _align(options) -> int:
     from cai_course.cai import AlignConfig, align, fast_config, read_differences
     from cai_course.report import results_text
@@ -172,11 +202,13 @@ def _align(options) -> int:
     given = {name: value for name, value in given.items() if value is not None}
     config = fast_config(**given) if options.fast_check else AlignConfig(**given)
     name = options.name if options.name is not None else "fast-check" if options.fast_check else "first"
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._ -]{0,99}", name):
-        raise CourseError(f"name is {name!r}; it must be a plain folder name of letters, digits, '-', '_' and '.', at "
-                          "most 100 characters. "
+    if not re.fullmatch(r"[A-Za-z0-9]([A-Za-z0-9._ -]{0,98}[A-Za-z0-9_-])?", name):
+        raise CourseError(f"name is {name!r}; it must be a plain folder name of letters, digits, '-', '_', '.' and spaces, at "
+                          "most 100 characters, with a letter or digit first and no '.' or space last. "
                           "Put the folder above it into --out.")
     folder = Path(options.out).expanduser() / name
+    for each in (config.model, config.reward_model):
+        _check_tokenizer(each)
     results = align(config, folder, options.seeds, progress=not options.quiet)
     print(results_text(results, read_differences(folder)))
     print(f"\n{results['seconds']:.0f} s of work, at most {results['peak_memory_mb']:.0f} MB. Report: "
@@ -204,9 +236,15 @@ def _report(options) -> int:
     from cai_course.cai import read_differences, rebuild_report
     from cai_course.report import results_text
 
-    results = rebuild_report(options.run)
-    print(results_text(results, read_differences(options.run)))
-    print(f"\nReport: {Path(options.run) / 'report.html'}")
+    folder = Path(options.run).expanduser()
+    try:
+        results = rebuild_report(folder)
+        text = results_text(results, read_differences(folder))
+    except (LookupError, TypeError, AttributeError) as error:
+        raise CourseError(f"{folder} holds something that no run of this version writes ({type(error).__name__}: {error}); a "
+                          "report needs the files as `align` wrote them. Run the same `align` command with another --name.") from error
+    print(text)
+    print(f"\nReport: {folder / 'report.html'}")
     return 0
 
 
@@ -222,6 +260,7 @@ def _pretrain(options) -> int:
 def _pocket_report(options) -> int:
     from cai_course import pretrain
 
+    _check_tokenizer(options.model)
     pretrain.report(options.seeds, options.json, options.prompts, options.model)
     return 0
 
@@ -248,7 +287,7 @@ def _grade(options) -> int:
     from cai_course.grading import grade_csv, grade_folder, grade_table, mistake_table
 
     if options.csv and options.json:
-        raise CourseError("--csv and --json were both given. Choose one of them.")
+        raise CourseError("--csv and --json were both given; only one form can be printed. Leave one of them out.")
     grades = grade_folder(options.folder, options.limit,
                           lambda done, total, who: print(f"{done + 1} of {total}: {who}", file=sys.stderr))
     if options.json:
@@ -310,6 +349,9 @@ def _experiment(options) -> int:
         for option in ("seeds", "fresh"):
             if getattr(options, option):
                 raise CourseError(f"--{option} was given with --list, which runs nothing. Give a NAME instead.")
+        if options.out is not None and not Path(options.out).expanduser().is_dir():
+            raise CourseError(f"there is no folder {options.out}; --list needs the folder that results were stored in. "
+                              "Check the spelling, or leave --out out for the course's own results.")
         rows = list_results(options.out)
         print(json.dumps(rows, indent=1, ensure_ascii=False) if options.json else _experiment_table(rows))
         return 0
@@ -350,28 +392,85 @@ COMMANDS = {"align": _align, "constitution": _constitution, "report": _report, "
             "completion": _completion, "experiment": _experiment}
 
 
+class _Terminated(KeyboardInterrupt):
+    """Somebody ended the process, as a queue of a cluster does."""
+
+
+@contextlib.contextmanager
+def _terminated():
+    """Within, SIGTERM stops a command as Ctrl-C does, so that it lets go of its folder and says how to go on."""
+    def stop(number, frame):
+        raise _Terminated
+    try:
+        before = signal.signal(signal.SIGTERM, stop)
+    except ValueError: # only the main thread may
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _refused(
+    error: OSError, # Of the operating system
+) -> str: # What to tell about it
+    reason = error.strerror or str(error) or type(error).__name__
+    if error.filename is None:
+        return (f"the operating system refused to read or write ({reason}). Look for a full disk or a closed output, then "
+                "give the same command again.")
+    name = str(error.filename)
+    name = name if len(name) <= 100 else f"{name[:60]}...{name[-37:]}"
+    return (f"{name!r} cannot be used ({reason}); a path is needed that exists where one is read, and that you may write to "
+            "where one is written. Give another path, or change its permissions.")
+
+
+def _check_homes(options) -> None:
+    for name, value in vars(options).items():
+        if isinstance(value, str) and value.startswith("~") and os.path.expanduser(value) == value:
+            raise CourseError(f"{name.replace('_', '-')} is {value!r}; there is no home folder of that name here. Write the "
+                              "whole path, or ~/ for your own.")
+
+
+def _no_output(): # what is still to be printed has no place to go
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def main(
     arguments: list | None = None, # Words of the command line; `None` takes those of the process
-) -> int: # Exit status: 0 done, 2 bad input, 130 stopped by Ctrl-C
+) -> int: # Exit status: 0 done, 1 nobody reads the output, 2 bad input, 130 stopped by Ctrl-C, 143 by SIGTERM
     """Run one command.
 
-    A mistake in the input is one line, `error: ...`, on the standard error output. Any other exception is a mistake
-    in the course and is not hidden.
+    A mistake in the input is one line, `error: ...`, on the standard error output, and so is a path that the operating
+    system refuses. Any other exception is a mistake in the course and is not hidden.
     """
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     warnings.filterwarnings("ignore", category=FutureWarning) # between libraries; nothing that the reader can act on
+    command = ""
     try:
-        options = make_parser().parse_args(arguments)
-        return COMMANDS[options.command](options)
+        with _terminated():
+            options, unknown = make_parser().parse_known_args(arguments)
+            if unknown:
+                options.parser.refuse(unknown)
+            command = options.command
+            _check_homes(options)
+            status = COMMANDS[command](options)
+            print(end="", flush=True) # a reader that has gone, or a full disk, is found out here
+            return status
     except CourseError as error:
         print(f"error: {_one_line(error)}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        kept = options.command in ("align", "experiment", "pretrain")
+    except KeyboardInterrupt as stop:
+        kept = command in ("align", "experiment", "pretrain")
         print("\nstopped." + " Every finished step is kept: the same command goes on from there." * kept, file=sys.stderr)
-        return 130
+        return 143 if isinstance(stop, _Terminated) else 130
     except BrokenPipeError: # `cai-course ... | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _no_output()
         return 1
+    except OSError as error:
+        _no_output()
+        print(f"error: {_one_line(_refused(error))}", file=sys.stderr)
+        return 2

@@ -277,7 +277,7 @@ class Exercise:
 
     def hint(self, number:int=1) -> str: # For terminals; the card holds both hints folded
         "Hint 1 or 2."
-        if number not in (1, 2): raise CourseError(f"there are hints 1 and 2, got {number!r}.")
+        if number not in (1, 2): raise CourseError(f"hint is {number!r}; there are hints 1 and 2. Ask for one of these.")
         return self.hints[number - 1]
 
     def solve(self): # What the solution defines last
@@ -326,7 +326,8 @@ class Quiz:
     def choose(self, number:int) -> Result: # Result with the explanation of that choice
         "What about this choice?"
         if type(number) is not int or not 0 <= number < len(self.choices):
-            raise CourseError(f"choose a number from 0 to {len(self.choices) - 1}, got {number!r}.")
+            raise CourseError(f"choice is {number!r}; it must be a whole number from 0 to {len(self.choices) - 1}. "
+                              "Count the choices from 0.")
         return Result(number == self.correct, self.explanations[number])
 
     def _repr_html_(self) -> str:

@@ -8,6 +8,7 @@ __all__ = ['EXPERIMENTS', 'Experiment', 'judge_rows', 'fingerprints', 'Result', 
 
 # %% ../nbs/tools/experiments.ipynb #4322e478
 import ast
+import difflib
 import functools
 import hashlib
 import html
@@ -371,7 +372,9 @@ def find_experiment(
         importlib.import_module(f"cai_course.{homes[name]}")
     if name not in EXPERIMENTS:
         known = ", ".join(sorted({*homes, *EXPERIMENTS})) or "none"
-        raise CourseError(f"there is no experiment {name!r}; there is {known}. Choose one of these.")
+        near = difflib.get_close_matches(str(name), {*homes, *EXPERIMENTS}, 1)
+        raise CourseError(f"there is no experiment {name!r}; there is {known}. " +
+                          (f"Did you mean {near[0]!r}?" if near else "Choose one of these."))
     return EXPERIMENTS[name]
 
 # %% ../nbs/tools/experiments.ipynb #6b1637b0

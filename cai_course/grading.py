@@ -286,7 +286,7 @@ def grade_folder(
 
     Raises `CourseError` if there is no folder or no notebook in it, or for a limit that is not positive.
     """
-    if not limit > 0: raise CourseError(f"the limit is {limit!r} seconds; give a positive number.")
+    if not limit > 0: raise CourseError(f"the limit is {limit!r} seconds; it must be a positive number. Give for example 60.")
     folder, best, chapters = Path(folder).expanduser(), {}, {}
     submissions = find_submissions(folder)
     for number, (learner, path) in enumerate(submissions):

@@ -110,12 +110,13 @@ class ServerJudge:
         parts = urlsplit(url if isinstance(url, str) else "")
         extra = parts.username or parts.query or parts.fragment
         if parts.scheme not in ("http", "https") or not parts.hostname or extra:
-            raise CourseError("the address of the server must look like http://localhost:8000/v1, without name, "
-                              "password or question mark. A key belongs into an environment variable; name it as "
-                              "key_env.")
-        if api not in ("chat", "completions"): raise CourseError(f"api is {api!r}; need 'chat' or 'completions'.")
+            raise CourseError("the address of the server (not shown here, for it may hold a password) must look like "
+                              "http://localhost:8000/v1, without name, password or question mark. Write it so; a key "
+                              "belongs into an environment variable, whose name is key_env.")
+        if api not in ("chat", "completions"): raise CourseError(f"api is {api!r}; need 'chat' or 'completions'. "
+                                                              "Choose the one that the server offers with log-probabilities.")
         if not isinstance(model, str) or not model.strip():
-            raise CourseError("model is empty; need the name that the server uses.")
+            raise CourseError(f"model is empty: {model!r}; need the name that the server uses. Its /models address lists them.")
         if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", key_env if isinstance(key_env, str) else ""): # perhaps a key
             raise CourseError("key_env must be the *name* of an environment variable, such as CAI_COURSE_JUDGE_KEY; "
                               "what was given is not shown here. Set the variable to your key and pass its name.")
@@ -123,7 +124,7 @@ class ServerJudge:
                                  ("workers", workers, 1), ("timeout", timeout, .001), ("retries", retries, 0),
                                  ("wait", wait, 0), ("top", top, 2)):
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value < math.inf:
-                raise CourseError(f"{name} is {value!r}; need a number of at least {low}.")
+                raise CourseError(f"{name} is {value!r}; need a number of at least {low}. Leave it out to take the usual one.")
         if not _key(key_env).isprintable() or " " in _key(key_env):
             raise CourseError(f"{key_env} holds a space or a line break, which no key does. Copy the key again.")
         if _key(key_env) and parts.scheme == "http" and not _loopback(parts.hostname):
@@ -152,7 +153,8 @@ class ServerJudge:
         prompts = check_texts("prompts", prompts)
         starts = [""] * len(prompts) if prefixes is None else list(prefixes)
         if len(starts) != len(prompts):
-            raise CourseError(f"there are {len(prompts)} prompts and {len(starts)} prefixes; need one for each prompt.")
+            raise CourseError(f"there are {len(prompts)} prompts and {len(starts)} prefixes; need one for each prompt. "
+                              "Use an empty text where nothing is written yet.")
         asks = [f"{p} {s}" if s else p for p, s in zip(prompts, starts)]
         jobs = [dict(text=t, max_tokens=4, temperature=0, logprobs=True) for t in asks]
         rows, even = [], [math.log(1 / len(options))] * len(options)
@@ -178,7 +180,7 @@ class ServerJudge:
     )->list: # N texts, or N lists of n texts
         "What the server writes."
         prompts = check_texts("prompts", prompts)
-        if top_k: raise CourseError("top_k is not part of the server's interface. Leave it out.")
+        if top_k: raise CourseError(f"top_k is {top_k!r}, which is not part of the server's interface. Leave it out.")
         more = {} if stop is None else dict(stop=stop)
         jobs = [dict(text=p, max_tokens=max_new_tokens, temperature=temperature, seed=int(seed) + i, **more)
                 for p in prompts for i in range(n)]

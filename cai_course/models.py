@@ -865,7 +865,7 @@ class Policy:
         if r < 1:
             raise CourseError(f"r is {r}; the rank of an adapter is at least 1. Use for example 16.")
         if decoder_only and self.kind != "seq2seq":
-            raise CourseError(f"decoder_only is True, but {self.name} has no encoder that could be left out. Leave it away.")
+            raise CourseError(f"decoder_only is True, but {self.name} has no encoder that could be left out. Leave it out.")
         targets = None if targets is None else sorted(targets)
         if decoder_only: # peft takes a pattern of names as well
             usual = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(self.model.config.model_type, ())
@@ -1101,7 +1101,7 @@ def sft(
                           "example. Leave weights out to count all alike.")
     if epochs < 1 or batch_size < 1 or not lr > 0:
         raise CourseError(f"epochs is {epochs}, batch_size is {batch_size}, lr is {lr}; epochs and batch_size must "
-                          "be 1 or more and lr above 0.")
+                          "be 1 or more and lr above 0. Use for example epochs=1, batch_size=64, lr=1e-3.")
     policy._check_length(prompt_rows, max(map(len, response_rows)))
     rng = np.random.default_rng(seed)
     plan = [batch for _ in range(epochs) for batch in _shuffled_batches(prompt_rows, response_rows, batch_size, rng)]

@@ -195,7 +195,7 @@ def before_after(
     """
     if not isinstance(results, dict) or not results or not all(isinstance(r, dict) and r for r in results.values()):
         raise CourseError(f"before_after needs {{measure: {{system: estimate}}}} with at least one of each, "
-                          f"got {results!r}.")
+                          f"got {results!r}. Pass for example the content of a run's results.json, its measures only.")
     table = {m: {s: _row(x, f"results[{m!r}][{s!r}]") for s, x in r.items()} for m, r in results.items()}
     systems = list(dict.fromkeys(s for r in table.values() for s in r))
     rows = [x for r in table.values() for x in r.values()]

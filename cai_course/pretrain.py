@@ -23,9 +23,9 @@ __all__ = ['SPECIAL', 'TASKS', 'DRILLS', 'SHORT', 'LONG_RUN', 'STAGES', 'BERT_CO
            'draw_request', 'draw_reply', 'draw_pair', 'critique_lesson', 'shuffled_sentence', 'scrambled_reply',
            'shuffled_words', 'taught_words', 'copying_lesson', 'matching_lesson', 'style_lesson', 'close_call',
            'outside_words', 'lesson', 'build_t5', 'build_bert', 'faster_dtype', 'fast_copy', 'pad', 'batches',
-           'PretrainConfig', 'vocabulary_texts', 'has_compiler', 'Muon', 'Trainer', 'plan', 't5_loss', 'pretrain_t5',
-           'starting_tokenizer', 'finish', 'bert_texts', 'bert_row', 'pretrain_bert', 'run', 'skill_cases',
-           'pocket_report', 'report']
+           'PretrainConfig', 'vocabulary_texts', 'has_compiler', 'Muon', 'saved_state', 'Trainer', 'plan', 't5_loss',
+           'pretrain_t5', 'starting_tokenizer', 'finish', 'bert_texts', 'bert_row', 'pretrain_bert', 'run',
+           'skill_cases', 'pocket_report', 'report']
 
 # %% ../nbs/tools/pretrain.ipynb #5c5ea100
 SPECIAL = ("<pad>", "</s>", "<unk>", "[CLS]", "[SEP]", "[MASK]")
@@ -382,12 +382,24 @@ class Muon(torch.optim.Optimizer):
         for p, direction in zip(same, x):
             p.mul_(1 - lr * weight_decay).sub_(direction * (.2 * max(p.shape) ** .5 * lr))
 
+def saved_state(out:Path) -> dict: # What `Trainer.save` wrote beside the weights; empty if nothing was saved
+    "Where a stopped training stands. Raises `CourseError` if the file is damaged."
+    path = Path(out) / "state/meta.json"
+    if not path.exists(): return {}
+    try:
+        meta = json.loads(path.read_text(encoding="utf-8"))
+        lacking = {"step", "pool", "began", "rows", "steps_per_pool", "seconds", "dtype"} - {*meta}
+        if lacking or not isinstance(meta, dict): raise ValueError(f"without {', '.join(sorted(lacking))}")
+        return meta
+    except (ValueError, TypeError, RecursionError) as problem:
+        raise CourseError(f"{path} is not the state of a training ({problem}); it has been changed by hand. "
+                          "Begin anew with --fresh.") from None
+
 class Trainer:
     "One training run: float32 weights, arithmetic in whichever type is faster, a state on disk to go on from."
     def __init__(self, model, out:Path, config:PretrainConfig, resume:bool = False):
         self.model, self.out, self.config = model, Path(out), config
-        state = self.out / "state/meta.json"   # a resumed run keeps its arithmetic
-        self.dtype = json.loads(state.read_text())["dtype"] if resume and state.exists() else faster_dtype()
+        self.dtype = (saved_state(out) if resume else {}).get("dtype") or faster_dtype()   # a resumed run keeps its arithmetic
         self.fast = fast_copy(model, self.dtype)
         self.compiled = config.pools * config.pool_size > LONG_RUN and has_compiler()
         if self.compiled: self.fast.compile(dynamic=True)
@@ -441,18 +453,27 @@ class Trainer:
             for name, value in (item for optimizer in self.optimizers for item in optimizer.state.get(p, {}).items()):
                 tensors[f"optimizer.{i}.{name}"] = value.clone().contiguous()
         save_file(tensors, folder / "new.safetensors"); (folder / "new.safetensors").replace(folder / f"pool-{self.pool}.safetensors")
-        meta = {"step": self.step, "pool": self.pool, "rows": self.rows, "steps_per_pool": self.steps_per_pool, "began": self.began, "seconds": self.seconds, "dtype": self.dtype}
+        meta = {"step": self.step, "pool": self.pool, "rows": self.rows, "steps_per_pool": self.steps_per_pool, "began": self.began, "seconds": self.seconds, "dtype": self.dtype, "config": asdict(self.config)}
         (folder / "new.json").write_text(json.dumps(meta)); (folder / "new.json").replace(folder / "meta.json")
         for old in folder.glob("pool-*.safetensors"):
             if old.name != f"pool-{self.pool}.safetensors": old.unlink()
 
     def load(self) -> bool: # Whether there was a state
-        "Go on from the saved state, if there is one."
+        "Go on from the saved state, if there is one. Raises `CourseError` if it is damaged or of other settings."
+        from safetensors import SafetensorError
         from safetensors.torch import load_file
-        folder = self.out / "state"
-        if not (folder / "meta.json").exists(): return False
-        meta = json.loads((folder / "meta.json").read_text())
-        tensors = load_file(folder / f"pool-{meta['pool']}.safetensors")
+        folder, meta = self.out / "state", saved_state(self.out)
+        if not meta: return False
+        mine, old = asdict(self.config), meta.get("config") or {}   # states of older versions do not say
+        other = [f"{name}: {old[name]} there, {mine[name]} now" for name in mine
+                 if name != "save_every" and old.get(name, mine[name]) != mine[name]]
+        if other:
+            raise CourseError(f"{folder} holds a training with other settings ({'; '.join(other)}). Give the old settings to go on, "
+                              "--fresh to begin anew, or another --out.")
+        try: tensors = load_file(folder / f"pool-{meta['pool']}.safetensors")
+        except (OSError, SafetensorError) as problem:
+            raise CourseError(f"the weights saved in {folder} cannot be read ({problem}); a training goes on from whole files only. "
+                              "Begin anew with --fresh.") from None
         self.model.load_state_dict({k[6:]: v for k, v in tensors.items() if k.startswith("model.")})
         mine = {p: optimizer for optimizer in self.optimizers for group in optimizer.param_groups for p in group["params"]}
         for i, p in enumerate(self.model.parameters()):

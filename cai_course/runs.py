@@ -378,8 +378,7 @@ def _prompt_of(
         return row
     if not isinstance(row, dict):
         raise CourseError(f"{where}: found {type(row).__name__} {str(row)[:40]!r}; each entry must be a text or an "
-                          "object with a "
-                          "\"prompt\".")
+                          "object with a \"prompt\". Mend this entry, or delete it.")
     value = row.get("prompt")
     if isinstance(value, list): # a conversation as a list of messages
         value = next((each.get("content") for each in value if isinstance(each, dict)
@@ -391,7 +390,7 @@ def _prompt_of(
         raise CourseError(f"{where}: no column \"prompt\"; found {found}. Rename the column that holds the prompts to "
                           "\"prompt\".")
     if not isinstance(value, str):
-        raise CourseError(f"{where}: \"prompt\" is {str(value)[:40]!r}; it must be a text.")
+        raise CourseError(f"{where}: \"prompt\" is {str(value)[:40]!r}; it must be a text. Write one, or delete the entry.")
     return value
 
 
@@ -406,7 +405,8 @@ def _entries(
         except (ValueError, RecursionError) as error:
             raise CourseError(f"{path}, line {getattr(error, 'lineno', 1)}: not JSON "
                               f"({getattr(error, 'msg', 'nested too deeply')}). "
-                              "A .json file must hold one list of prompts.") from None
+                              "A .json file must hold one list of prompts. Mend it there, or call the file .jsonl if each line "
+                              "is an object.") from None
         if not isinstance(rows, list):
             raise CourseError(f"{path} holds {type(rows).__name__}, not a list. Write [\"first prompt\", ...] or "
                               "[{\"prompt\": \"first prompt\"}, ...].")
@@ -433,7 +433,8 @@ def _entries(
             except (ValueError, RecursionError) as error:
                 raise CourseError(f"{where}: not JSON ({getattr(error, 'msg', 'nested too deeply')}): "
                                   f"{line.strip()[:40]!r}. Each line "
-                                  "of a .jsonl file must be one object such as {\"prompt\": \"...\"}.") from None
+                                  "of a .jsonl file must be one object such as {\"prompt\": \"...\"}. Mend this line, or "
+                                  "delete it.") from None
 
 
 def read_prompts(
@@ -455,7 +456,7 @@ def read_prompts(
                           ".gz. Rename or convert it.")
     content = _decompressed(path)
     if not content:
-        raise CourseError(f"{path} is empty. It needs at least one prompt.")
+        raise CourseError(f"{path} is empty. It needs at least one prompt. Write one on each line.")
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -467,8 +468,7 @@ def read_prompts(
     if len(longest) > MAX_LINE_BYTES:
         line = content[:content.index(longest)].count(b"\n") + 1
         raise CourseError(f"{path}, line {line}: {len(longest):,} bytes long; the limit is {MAX_LINE_BYTES:,} bytes a "
-                          "line. "
-                          "Is this a prompt file, one prompt per line?")
+                          "line. Is this a prompt file, one prompt per line? Give one, or break the line up.")
     prompts = {}
     for where, entry in _entries(path, kind, text):
         prompt = _prompt_of(entry, where).strip()
@@ -486,5 +486,5 @@ def read_prompts(
         if limit is not None and len(prompts) >= limit:
             break
     if not prompts:
-        raise CourseError(f"{path} holds no prompts, only white space. It needs at least one prompt.")
+        raise CourseError(f"{path} holds no prompts, only white space. It needs at least one prompt. Write one on each line.")
     return list(prompts)

@@ -239,7 +239,7 @@ def verdict(
 ) -> str: # "agrees", "inconclusive" or "disagrees"
     """Does the interval support a claim? Raises `CourseError` if `sign` is not 1 or -1."""
     if isinstance(sign, bool) or sign not in (1, -1):
-        raise CourseError(f"sign must be 1 (the claim says above) or -1 (below), got {sign!r}.")
+        raise CourseError(f"sign must be 1 (the claim says above) or -1 (below), got {sign!r}. Give the one that the claim predicts.")
     if estimate.low > than or estimate.high < than:
         return "agrees" if (estimate.low > than) == (sign == 1) else "disagrees"
     return "inconclusive"
@@ -305,7 +305,8 @@ def as_table(
     def one(x): return x if isinstance(x, Estimate) else Estimate.from_dict(x)
     def is_one(x): return isinstance(x, Estimate) or isinstance(x, dict) and "value" in x
     if not isinstance(estimates, dict) or not estimates:
-        raise CourseError(f"as_table needs a dictionary with at least one estimate, got {estimates!r}.")
+        raise CourseError(f"as_table needs a dictionary with at least one estimate, got {estimates!r}. "
+                          "Pass {name: estimate(...)}.")
     rows = {name: {"value": x} if is_one(x) else x for name, x in estimates.items()}
     for name, row in rows.items():
         if not isinstance(row, dict):

@@ -1,6 +1,8 @@
 """The command line: fast help, versions, exit status, and commands that reach what they name."""
 import dataclasses
 import json
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -97,6 +99,87 @@ def test_ctrl_c(monkeypatch, capsys):
     monkeypatch.setitem(cli.COMMANDS, "align", stop)
     assert main(["align"]) == 130
     assert "the same command goes on from there" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words, said", [
+    (["aling"], "Did you mean align? See `cai-course --help`"), (["align", "--sede", "3"], "--sede 3. Did you mean --seed? See `cai-course align --help`"),
+    (["pretrain", "--pool=3"], "--pool=3. Did you mean --pools? See `cai-course pretrain --help`"), (["pretrain", "--po", "3"], "unrecognized arguments: --po 3"),
+    (["align", "more"], "unrecognized arguments: more. See `cai-course align --help`"), (["align", "--judge", "directly"], "Did you mean direct? "),
+])
+def test_a_misspelt_word_gets_the_right_one_and_the_help_of_its_command(words, said, capsys):
+    with pytest.raises(SystemExit) as leave:
+        main(words)
+    error = capsys.readouterr().err
+    assert leave.value.code == 2 and said in error and error.startswith("error: ") and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("name", ["a/b", "../x", "x ", "x.", ".x", "-", " ", "a\nb", "a" * 101, "a\\b"])
+def test_a_name_that_is_no_plain_folder_name(name, caught, capsys):
+    assert main(["align", f"--name={name}"]) == 2
+    assert "it must be a plain folder name" in capsys.readouterr().err and not caught
+
+
+@pytest.mark.parametrize("name", ["a", "my first run", "v1.2", "A" * 100, "a-_"])
+def test_a_name_that_is_one(name, caught):
+    assert main(["align", "--name", name]) == 0 and caught[0][1].name == name
+
+
+def test_a_home_that_nobody_has(caught, capsys):
+    for option in ("--out", "--model"):
+        assert main(["align", option, "~nobody-at-all/x"]) == 2
+        assert f"{option[2:]} is '~nobody-at-all/x'; there is no home folder of that name here" in capsys.readouterr().err and not caught
+
+
+def test_a_model_without_a_tokenizer(tiny_t5, tmp_path, capsys):
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / name).write_bytes((Path(tiny_t5) / name).read_bytes())
+    for words in (["align", "--out", str(tmp_path / "runs"), "--model"], ["align", "--out", str(tmp_path / "runs"), "--reward-model"], ["pocket-report", "--model"]):
+        assert main([*words, str(tmp_path)]) == 2
+        assert "has no tokenizer (such as tokenizer.json)" in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("words", [["align", "--fast-check", "--out"], ["report"], ["grade"], ["align", "--fast-check", "--prompts"], ["pocket-report", "--model"],
+                                   ["pretrain", "--pools", "1", "--out"], ["experiment", "baseline-cuts-variance", "--seeds", "2", "--quiet", "--out"]])
+def test_a_path_that_no_system_takes_is_one_line(words, capsys):
+    assert main([*words, "a" * 3_000]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: 'aaa") and "cannot be used (File name too long)" in error and "Give another path" in error and len(error) < 400
+
+
+def test_a_file_where_a_folder_is_needed(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    for words in (["pretrain", "--pools", "1"], ["experiment", "baseline-cuts-variance", "--seeds", "2", "--quiet"]):
+        assert main([*words, "--out", str(tmp_path / "file")]) == 2
+        assert "cannot be used" in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a full device is needed")
+def test_an_output_that_is_full_or_closed_is_no_traceback():
+    for place, status, said in (("/dev/full", 2, "error: the operating system refused to read or write (No space left on device)"), ("| true", 1, "")):
+        done = subprocess.run(["bash", "-c", f"set -o pipefail; {sys.executable} -m cai_course completion bash {place if '|' in place else '> ' + place}"],
+                              capture_output=True, text=True, timeout=120)
+        assert done.stderr.startswith(said) and "Traceback" not in done.stderr and "Exception" not in done.stderr
+        assert done.returncode in (status, 0) # 0: the reader left later than the writer
+
+
+def test_sigterm_stops_as_ctrl_c_does(monkeypatch, capsys):
+    before = signal.getsignal(signal.SIGTERM)
+
+    def wait(options):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(10)
+    monkeypatch.setitem(cli.COMMANDS, "align", wait)
+    assert main(["align"]) == 143
+    assert "the same command goes on from there" in capsys.readouterr().err and signal.getsignal(signal.SIGTERM) is before
+
+
+def test_ctrl_c_before_the_command_is_known(monkeypatch, capsys):
+    def stop():
+        raise KeyboardInterrupt
+    monkeypatch.setattr(cli, "make_parser", stop)
+    assert main(["align"]) == 130
+    assert capsys.readouterr().err == "\nstopped.\n"
 
 
 def test_a_mistake_of_the_course_is_not_hidden(monkeypatch):
@@ -225,7 +308,7 @@ def test_experiment_shows_its_progress_unless_told_not_to(claim, tmp_path, capsy
 
 @pytest.mark.parametrize("words, said", [
     ([], "either a NAME or --list, got neither"), (["tmp-cli", "--list"], "got 'tmp-cli' and --list"), (["--list", "--fresh"], "--fresh was given"),
-    (["--list", "--seeds", "3"], "--seeds was given"),
+    (["--list", "--seeds", "3"], "--seeds was given"), (["--list", "--out", "no/such/folder"], "there is no folder no/such/folder; --list needs"),
 ])
 def test_mistakes_of_experiment_are_one_line(claim, capsys, words, said):
     assert main(["experiment", *words]) == 2
@@ -243,6 +326,8 @@ def test_a_number_of_seeds_that_cannot_be(capsys, seeds):
 def test_an_unknown_experiment_lists_what_there_is(capsys):
     assert main(["experiment", "no-such-claim"]) == 2
     assert "there is no experiment 'no-such-claim'; there is " in capsys.readouterr().err
+    assert main(["experiment", "gae-lamda"]) == 2
+    assert capsys.readouterr().err.endswith("Did you mean 'gae-lambda'?\n")
 
 
 def test_a_list_that_is_piped_as_json_is_strict(capsys):

@@ -252,6 +252,30 @@ def test_pairs_carry_the_sign_of_the_gap():
         if harm_a != harm_b: assert (gap > 0) == (harm_a < harm_b)
 
 
+def test_a_training_is_not_mixed_with_another_one(tmp_path):
+    pretrain.pretrain_t5(tmp_path, replace(SMALL, pools=1), progress=False)
+    with pytest.raises(CourseError, match=r"holds a training with other settings \(seed: 0 there, 1 now\). Give the old settings to go on, "):
+        pretrain.pretrain_t5(tmp_path, replace(SMALL, pools=1, seed=1), progress=False)
+    pretrain.pretrain_t5(tmp_path, replace(SMALL, pools=1, save_every=9), progress=False)   # decides nothing
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "7", "{}", '{"pool": 1}'])
+def test_a_damaged_state_is_named_and_says_how_to_begin_anew(tmp_path, content):
+    (tmp_path / "state").mkdir()
+    (tmp_path / "state/meta.json").write_text(content)
+    with pytest.raises(CourseError, match="meta.json is not the state of a training .* Begin anew with --fresh"): pretrain.saved_state(tmp_path)
+
+
+def test_weights_that_were_cut_off_are_named(tmp_path):
+    trainer = pretrain.Trainer(torch.nn.Linear(3, 3), tmp_path, SMALL)
+    trainer.save()
+    weights = tmp_path / "state/pool-0.safetensors"
+    weights.write_bytes(weights.read_bytes()[:60])
+    with pytest.raises(CourseError, match="the weights saved in .* cannot be read .* --fresh"): trainer.load()
+    weights.unlink()
+    with pytest.raises(CourseError, match="cannot be read"): trainer.load()
+
+
 def test_an_unknown_model_is_refused(tmp_path):
     with pytest.raises(CourseError, match="there is no pocket model 'pocket-gpt'"): pretrain.run(tmp_path, only="pocket-gpt")
 
