@@ -43,8 +43,10 @@ class Prices:
     def __post_init__(self):
         for name, value in vars(self).items():
             if not (isinstance(value, (int, float)) and math.isfinite(value) and value >= 0):
-                raise CourseError(f"{name} is {value!r}; a price or a count is a finite number of 0 or more.")
-        if self.orders not in (1, 2): raise CourseError(f"orders is {self.orders}; it must be 1 or 2.")
+                raise CourseError(f"{name} is {value!r}; a price or a count is a finite number of 0 or more. "
+                                  "Put in what you pay, or leave it out for the figure of Lee et al. (2023).")
+        if self.orders not in (1, 2):
+            raise CourseError(f"orders is {self.orders}; it must be 1 or 2. Take 2 if each pair is asked in both orders.")
 
     @property
     def ai_label(self)->float: # Dollars
@@ -60,7 +62,8 @@ def label_bill(
 )->float: # Dollars
     "The bill for the data of a run, without training. Raises `CourseError` for negative counts."
     if min(human, ai, written) < 0:
-        raise CourseError(f"human is {human}, ai is {ai}, written is {written}; counts are 0 or more.")
+        raise CourseError(f"human is {human}, ai is {ai}, written is {written}; counts are 0 or more. "
+                          "Leave out what you do not buy.")
     return human * prices.human_label + ai * prices.ai_label + written * prices.output_1k / 1000
 
 # %% ../nbs/14_choosing.ipynb #1a5d0d2e
@@ -72,7 +75,8 @@ def labeling_days(
 )->float: # Working days
     "How long people need. Raises `CourseError` for values that are not above 0."
     if not min(labels, people, per_hour, hours) > 0:
-        raise CourseError(f"labels {labels}, people {people}, per_hour {per_hour} and hours {hours} must be above 0.")
+        raise CourseError(f"labels {labels}, people {people}, per_hour {per_hour} and hours {hours} must be above 0. "
+                          "Let one person label for an hour, and count.")
     return labels / (people * per_hour * hours)
 
 # %% ../nbs/14_choosing.ipynb #37c66b4d
@@ -86,7 +90,7 @@ def harm_pairs(
 )->list[dict]: # Rows with prompt, a, b, kind and truth (1: a does less harm, 0: b does)
     "Pairs of replies to harmful requests whose harm differs. Raises `CourseError` for a negative n or unknown kinds."
     rng, rows = random.Random(f"harm-pairs-{seed}"), []
-    if n < 0: raise CourseError(f"n is {n}; give a number of pairs of at least 0.")
+    if n < 0: raise CourseError(f"n is {n}; 0 pairs or more are needed. Give another n.")
     asks = {kind: world.requests("harmful", split, kind, limit=max(4, n), seed=seed) for kind in kinds}
     turns = {kind: 0 for kind in kinds}
     while len(rows) < n:
@@ -112,7 +116,8 @@ def error_correlation(
     "How much two labels of a pair err together. Raises `CourseError` for different or empty shapes."
     first, second = np.asarray(first, float), np.asarray(second, float)
     if first.shape != second.shape or first.ndim != 1 or not len(first):
-        raise CourseError(f"the two have shapes {first.shape} and {second.shape}; both must be (N,) with N above 0.")
+        raise CourseError(f"the two have shapes {first.shape} and {second.shape}; both must be (N,) with N above 0. "
+                          "Take two labels of the same pairs.")
     spread = first.std() * second.std()
     return float(((first * second).mean() - first.mean() * second.mean()) / spread) if spread > 0 else 0.
 
@@ -217,7 +222,8 @@ def without_each(
     "What leaving out each principle would change. Raises `CourseError` for fewer than two principles."
     alone = np.asarray(alone, float)
     if alone.ndim != 2 or len(alone) < 2:
-        raise CourseError(f"alone has shape {alone.shape}; it must be (P, D) with at least two principles.")
+        raise CourseError(f"alone has shape {alone.shape}; it must be (P, D) with at least two principles. "
+                          "Give a row for each principle, as labels_alone does.")
     return (alone.sum(0) - alone) / (len(alone) - 1) - alone.mean(0)
 
 # %% ../nbs/14_choosing.ipynb #91e59ca5
@@ -233,7 +239,7 @@ def labels_alone(
     seed:int=0, # Which pairs
 )->np.ndarray: # (P, D) mean probability of the better reply under each principle alone, D = len(MATTERS)
     "Each principle on its own, on the same pairs. Raises `CourseError` for fewer than one pair."
-    if n < 1: raise CourseError(f"n is {n}; at least one pair for each matter is needed.")
+    if n < 1: raise CourseError(f"n is {n}; at least one pair for each matter is needed. Give n=8, for one.")
     rng, rows = random.Random(f"alone-{seed}"), []
     for group, better, worse in _BETTER.values():
         for ask in world.requests(group, "heldout", limit=n, seed=seed):
@@ -317,7 +323,7 @@ def validate_labels(
     """
     if not len(people) or each < 1:
         raise CourseError(f"there are {len(people)} people, and {each} rows per group to look at; both must be at "
-                          "least 1.")
+                          "least 1. Ask people_in_good_faith(), for one, about 10 rows or more.")
     groups, rng, shared = {}, random.Random(f"validation-{seed}"), {}
     for row in rows:
         if by not in row:
@@ -327,7 +333,8 @@ def validate_labels(
         drawn = rng.sample(found, min(each, len(found)))
         shared[name] = [1 - rng.choice(people).prefer(r["prompt"], r["chosen"], r["rejected"], rng) for r in drawn]
     every = [x for values in shared.values() for x in values]
-    if not every: raise CourseError("there are no rows to look at. Label some pairs first.")
+    if not every:
+        raise CourseError("there are no rows to look at; at least one is needed. Label some pairs first, with label_pairs.")
     return {"all": wilson(sum(every), len(every)), **{name: wilson(sum(v), len(v)) for name, v in shared.items()}}
 
 
@@ -471,13 +478,13 @@ def compare_constitutions(
     from cai_course.cai import align
     from cai_course.runs import RunFolder
     names = [constitutions] if isinstance(constitutions, str) else list(constitutions)
-    if not names: raise CourseError("constitutions is empty; name at least one, such as 'course'.")
+    if not names: raise CourseError("constitutions is empty; at least one is needed. Name it, such as 'course'.")
     for name in names: load_constitution(name)                             # fails now rather than after the first run
     labels = [Path(name).stem for name in names]
     for label in labels:
         if labels.count(label) > 1:
-            raise CourseError(f"two constitutions are called {label!r}. Rename one file, so that their runs and their "
-                              "figures stay apart.")
+            raise CourseError(f"two constitutions are called {label!r}; each needs a name of its own, so that runs and "
+                              "figures stay apart. Rename one file.")
     rows = []
     with tempfile.TemporaryDirectory() as place:
         for name, label in zip(names, labels):
@@ -503,7 +510,9 @@ def constitution_table(
     for measure, (group, value) in measures.items():
         for name in dict.fromkeys(row["constitution"] for row in rows):
             mine = [r for r in rows if (r["constitution"], r["stage"], r["group"]) == (name, stage, group)]
-            if not mine: raise CourseError(f"there is no row of stage {stage!r} and group {group!r} for {name!r}.")
+            if not mine:
+                raise CourseError(f"there is no row of stage {stage!r} and group {group!r} for {name!r}; at least one is "
+                                  "needed. Name a stage that the rows have, or take them from compare_constitutions.")
             table.setdefault(measure, {})[name] = estimate([value(r) for r in mine], seeds=[r["seed"] for r in mine],
                                                            clusters=[f"{r['seed']} {r['prompt']}" for r in mine])
     return table

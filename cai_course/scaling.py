@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FLAN_T5', 'SIX_ND', 'MEANS', 'SHORT_WORDS', 'NOISE', 't5_config', 'random_model', 'short_words', 'dry_run',
            't5_parameters', 'plan_memory', 'saved_for_backward', 'held_bytes', 'kv_cache_bytes', 'training_flops',
-           'counted_flops', 't5_training_flops', 'measure_flops', 'accumulate_gradients', 'tiny_writer',
+           'counted_flops', 't5_training_flops', 'measure_flops', 'plan_ppo', 'accumulate_gradients', 'tiny_writer',
            'uneven_replies', 'writer_losses', 'gradient_gap', 'measure_accumulation', 'measure_short_words',
            'checkpoint_layers', 'run_ranks', 'shared_gradient', 'idle_share', 'read_talks', 'token_costs',
            'noise_scale', 'measure_noise']
@@ -175,9 +175,10 @@ def plan_memory(
     Source: Rajbhandari et al. (2020), section 3.1; Kingma & Ba (2015) for the two moments.
     """
     if dtype not in _BYTES:
-        raise CourseError(f"dtype is {dtype!r}; float32 or bfloat16 is needed.")
+        raise CourseError(f"dtype is {dtype!r}; float32 or bfloat16 is needed. Name the one in which the weights are kept.")
     if weights < 1 or adapter < 0:
-        raise CourseError(f"weights is {weights} and adapter is {adapter}; need 1 or more, and 0 or more.")
+        raise CourseError(f"weights is {weights} and adapter is {adapter}; need 1 or more, and 0 or more. "
+                          "Count a T5 with t5_parameters.")
     size, learns = _BYTES[dtype], adapter or weights
     grain = 4 if adapter else size
     plan = dict(weights=size * weights + 4 * adapter, reference=size * weights * copied_reference,
@@ -223,7 +224,7 @@ def kv_cache_bytes(
     "Keys and values for the reply's own tokens and, once, for the prompt's. Raises `CourseError` for counts below 1."
     if min(rows, prompt, response) < 1 or dtype not in _BYTES:
         raise CourseError(f"rows, prompt, response and dtype are {rows}, {prompt}, {response}, {dtype!r}; counts of 1 or "
-                          "more, and float32 or bfloat16, are needed.")
+                          "more, and float32 or bfloat16, are needed. Take the longest prompt and reply of a batch.")
     numbers = 2 * config.num_decoder_layers * config.num_heads * config.d_kv * rows * (prompt + response)
     return numbers * _BYTES[dtype]
 
@@ -238,7 +239,8 @@ def training_flops(
     Raises `CourseError` for negative counts. Source: Kaplan et al. (2020), section 2.1.
     """
     if weights < 1 or tokens < 0:
-        raise CourseError(f"weights is {weights} and tokens is {tokens}; need 1 or more, and 0 or more.")
+        raise CourseError(f"weights is {weights} and tokens is {tokens}; need 1 or more, and 0 or more. "
+                          "Give the tokens of all prompts and replies together.")
     return (4. if frozen else 6.) * weights * tokens
 
 def counted_flops(
@@ -293,6 +295,30 @@ SIX_ND = Experiment(
           "over shapes between pocket and base and prompts of up to 512 tokens.",
     source="after Kaplan et al. (2020), section 2.1")
 
+# %% ../nbs/15_scaling.ipynb #a3c1e5f1
+def plan_ppo(
+    config, # Of a T5, such as `t5_config("small")`
+    batch:int=16, # Replies in an iteration, 1 or more
+    prompt:int=128, # Tokens of each prompt
+    response:int=32, # Tokens of each reply
+    epochs:int=2, # Passes over the replies
+    r:int=16, # Rank of LoRA on all queries and values
+) -> dict: # flops: operations of an iteration; kept, cache: bytes that stay, and that writing needs besides
+    """An iteration of PPO with LoRA, on an envelope in float32: write (2), score by the reference (2), learn (4 in each epoch).
+
+    What the forward pass keeps comes on top, see `saved_for_backward`. Raises `CourseError` for counts below 1.
+    Source: after Kaplan et al. (2020), section 2.1.
+    """
+    from cai_course.rlhf import lora_size
+    if min(batch, prompt, response, epochs) < 1:
+        raise CourseError(f"batch, prompt, response and epochs are {batch}, {prompt}, {response}, {epochs}; each must be 1 or "
+                          "more. Take the sizes of your settings.")
+    adapter = lora_size(2 * (config.num_layers + 2 * config.num_decoder_layers), config.d_model, config.num_heads * config.d_kv, r)
+    passes = 2 + 2 + 4 * epochs
+    return dict(flops=t5_training_flops(config, batch * prompt, batch * response) / 6 * passes,
+                kept=plan_memory(t5_parameters(config)["total"], adapter)["total"],
+                cache=kv_cache_bytes(config, batch, prompt, response))
+
 # %% ../nbs/15_scaling.ipynb #d35fa07a
 def accumulate_gradients(
     parameters, # Weights that learn
@@ -306,7 +332,7 @@ def accumulate_gradients(
     """
     parameters, total, count = list(parameters), None, 0.
     if by not in ("token", "batch"):
-        raise CourseError(f"by is {by!r}; it must be 'token' or 'batch'.")
+        raise CourseError(f"by is {by!r}; it must be 'token' or 'batch'. Take 'token' for the gradient of the whole batch.")
     for rows in batches:
         losses, mask = token_losses(rows)
         real = mask.sum()
@@ -315,7 +341,8 @@ def accumulate_gradients(
         found = torch.autograd.grad(piece, parameters)      # only this micro-batch is in memory
         total = found if total is None else [a + b for a, b in zip(total, found)]
         count += 1. if by == "batch" else real.item()
-    if not count: raise CourseError("there is no real token in any batch, so there is no gradient. Look at the mask.")
+    if not count:
+        raise CourseError("there is no real token in any batch, and a gradient needs one or more. Look at the mask.")
     return [each / count for each in total]
 
 # %% ../nbs/15_scaling.ipynb #0cca4af0
@@ -432,7 +459,8 @@ def run_ranks(
     Raises `CourseError` if a process fails, cannot be started, or is not done in time; nothing is left running.
     """
     if ranks < 1 or not timeout > 0:
-        raise CourseError(f"ranks is {ranks} and timeout is {timeout}; need 1 or more, and more than 0 seconds.")
+        raise CourseError(f"ranks is {ranks} and timeout is {timeout}; need 1 or more, and more than 0 seconds. "
+                          "Begin with two ranks and a minute.")
     if function.__module__ == "__main__":
         raise CourseError(f"{function.__name__} is defined in a notebook or script, where other processes cannot find "
                           "it. Put it into a module and import it.")
@@ -542,7 +570,7 @@ def read_talks(
             raise CourseError(f"{path.name}, line {number}: found {line[:40]!r}; an object with texts for dialogue and "
                               "summary is needed. Rename the columns, or drop the line.")
         rows.append(dict(prompt=f"{instruction}\n{talk.strip()}", response=summary.strip()))
-    if not rows: raise CourseError(f"{path.name} holds no dialogue; at least one line is needed.")
+    if not rows: raise CourseError(f"{path.name} holds no dialogue; at least one line is needed. Is it the right file?")
     return rows
 
 # %% ../nbs/15_scaling.ipynb #3d515783
@@ -553,7 +581,8 @@ def token_costs(
     "What texts cost a model in tokens. Raises `CourseError` for no texts, or texts without words."
     texts = list(texts)
     words = sum(len(text.split()) for text in texts)
-    if not words: raise CourseError(f"there are {len(texts)} texts with {words} words; at least one word is needed.")
+    if not words: raise CourseError(f"there are {len(texts)} texts with {words} words; at least one word is needed. Give "
+                                 "the prompts that the model will read.")
     rows = [policy.tokenizer(text, add_special_tokens=False, verbose=False).input_ids for text in texts]
     names = [name for row in rows for name in policy.tokenizer.convert_ids_to_tokens(row)]
     spelled = sum(len(name) == 1 and name.isalpha() or len(name) == 6 and name.startswith("<0x") for name in names)

@@ -111,3 +111,19 @@ def test_names_read_from_the_source_are_those_that_the_modules_make():
         importlib.import_module(f"cai_course.{module}")
     made = {name for name, each in EXPERIMENTS.items() if each.run.__module__.startswith("cai_course.")}
     assert {name for name in made if name in NAMES} == set(NAMES)
+
+
+def test_the_results_page_lists_every_claim_below_its_chapter_and_open_ones_once_more():
+    book = json.loads((ROOT / "nbs" / "results.ipynb").read_text(encoding="utf-8"))
+    [page] = ["".join(output["data"]["text/markdown"]) for cell in book["cells"] for output in cell.get("outputs", []) if "text/markdown" in output["data"]]
+    head, *chapters = re.split(r"^## (?=\d\d: )", page, flags=re.M)
+    glance, left = head.split("## What did not come out as predicted")
+    under = {part[:2]: part for part in chapters}
+    for name in NAMES:
+        result, chapter = load_result(name), find_experiment(name).chapter
+        assert f"`{name}`" in under[chapter] and re.search(rf"From chapter \[.*\]\({chapter}_", under[chapter]), name
+        claim = result.claim.replace("|", "\\|").replace("<", "&lt;").replace("$", "\\$")
+        rows = [line for line in left.splitlines() if f"| {claim} |" in line]
+        assert len(rows) == (result.verdict != "agrees") and all(f"**{result.verdict}**" in row and f"]({chapter}_" in row for row in rows), name
+    counts = [[int(each) for each in line.split("|")[2:5]] for line in glance.splitlines() if re.match(r"\| \[\d\d:", line)]
+    assert [sum(column) for column in zip(*counts)] == [sum(load_result(name).verdict == word for name in NAMES) for word in WORDS]

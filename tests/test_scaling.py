@@ -3,6 +3,7 @@ import importlib
 import json
 import math
 import os
+import re
 import sys
 import time
 
@@ -10,13 +11,14 @@ import pytest
 import torch
 from transformers import GPT2Config
 
-from cai_course import scaling
+from cai_course import cli, rlhf, scaling
 from cai_course.errors import CourseError
 from cai_course.models import load_policy
 from cai_course.scaling import (FLAN_T5, accumulate_gradients, checkpoint_layers, counted_flops, dry_run, gradient_gap, held_bytes, idle_share,
-                                kv_cache_bytes, measure_accumulation, plan_memory, random_model, read_talks, run_ranks, saved_for_backward,
+                                kv_cache_bytes, measure_accumulation, plan_memory, plan_ppo, random_model, read_talks, run_ranks, saved_for_backward,
                                 shared_gradient, short_words, t5_config, t5_parameters, t5_training_flops, tiny_writer, token_costs,
                                 training_flops, uneven_replies, writer_losses)
+from conftest import ROOT
 
 PUBLISHED = {"small": 76_961_152, "base": 247_577_856, "large": 783_150_080, "xl": 2_849_757_184, "xxl": 11_135_332_352}
 TINY = dict(d_model=32, d_kv=8, d_ff=48, num_heads=4, num_layers=3, num_decoder_layers=2, vocab_size=2400)
@@ -193,6 +195,47 @@ def test_the_rules_by_hand():
     expected = 6 * (parts["encoder"] * 7 + (parts["decoder"] + parts["head"]) * 5)
     assert t5_training_flops(t5_config("small", **TINY), 7, 5) == expected
     assert t5_training_flops(t5_config("small", **TINY), 7, 5, frozen=True) == pytest.approx(expected * 4 / 6)
+
+
+# --- FLAN-T5 itself ---
+
+def test_the_plan_of_an_iteration_by_hand_and_its_adapter_is_the_real_one(tiny):
+    config = t5_config("small", **TINY)
+    plan, parts = plan_ppo(config, 4, 7, 5, epochs=3, r=4), t5_parameters(config)
+    assert plan["flops"] == (2 + 2 + 4 * 3) * (4 * 7 * parts["encoder"] + 4 * 5 * (parts["decoder"] + parts["head"]))
+    learns = sum(p.numel() for p in load_policy(tiny).start_adapter(r=4).trainable_parameters())
+    assert plan["kept"] == plan_memory(parts["total"], learns)["total"] and plan["cache"] == kv_cache_bytes(config, 4, 7, 5)
+
+
+@pytest.mark.parametrize("sizes", [dict(batch=0), dict(prompt=0), dict(response=-1), dict(epochs=0)])
+def test_a_plan_of_nothing_is_refused(sizes):
+    with pytest.raises(CourseError, match="each must be 1 or more. Take the sizes"):
+        plan_ppo(t5_config("small"), **sizes)
+
+
+def flan_lines() -> list:
+    """The blocks of code of the section on FLAN-T5, as learners copy them."""
+    cells = json.loads((ROOT / "nbs" / "15_scaling.ipynb").read_text(encoding="utf-8"))["cells"]
+    [text] = [text for text in ("".join(cell["source"]) for cell in cells) if text.startswith("### FLAN-T5 itself")]
+    return re.findall(r"```(?:python)?\n(.*?)```", text, re.S)
+
+
+def test_the_three_lines_of_rlhf_run(tiny):
+    lines, _ = flan_lines()
+    assert len(lines.splitlines()) == 3 and lines.count('"google/flan-t5-small"') == lines.count("steps=20") == 1
+    space = dict(load_policy=load_policy, RLHFConfig=rlhf.RLHFConfig, train_rlhf=rlhf.train_rlhf, short_words=short_words,
+                 prompts=["How do I bake bread?", "Why?"])
+    exec(lines.replace("google/flan-t5-small", tiny.as_posix()).replace("steps=20", "steps=1"), space)
+    assert len(space["history"]) == 2 and space["history"][0]["start_gap"] < 1e-3
+
+
+def test_the_lines_for_the_terminal_are_understood(monkeypatch):
+    _, lines = flan_lines()
+    export, *calls = lines.splitlines()
+    variable, _, value = export.removeprefix("export ").partition("=")
+    monkeypatch.setenv(variable, value)
+    asked = [cli.make_parser().parse_args(line.split()[1:]) for line in calls if line.startswith("cai-course align ")]
+    assert len(asked) == len(calls) == 2 and [each.fast_check for each in asked] == [True, False] and value == "google/flan-t5-small"
 
 
 # --- micro-batches ---
