@@ -581,8 +581,10 @@ def label_agreement(
     seeds=None, # Seed label of each contest, shape `(N,)`
     **options, # Further arguments of `stats.estimate`
 )->Estimate: # Share of contests decided alike; .5 for each that exactly one side, or both, left undecided
-    "Agreement of two sets of labels, with an interval. Raises `CourseError` for different lengths, NaN or values "
-    "outside [0, 1]."
+    """Agreement of two sets of labels, with an interval.
+
+    Raises `CourseError` for different lengths, NaN or values outside [0, 1].
+    """
     a, b = (x.astype(float) for x in _same_length(a, b))
     for name, x in (("a", a), ("b", b)):
         if not ((x >= 0) & (x <= 1)).all():
