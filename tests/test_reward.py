@@ -10,10 +10,11 @@ import torch
 
 from cai_course import world
 from cai_course.errors import CourseError
+from cai_course.experiments import EXPERIMENTS
 from cai_course.pairs import group_pairs
-from cai_course.reward import (CROWD, ClassifierReward, ReplyDesk, RewardModel, RewardTrainer, accuracy, bayes_accuracy,
+from cai_course.reward import (AGAINST_TRL, CROWD, ClassifierReward, ReplyDesk, RewardModel, RewardTrainer, accuracy, bayes_accuracy,
                                bradley_terry_loss, calibration_curve, class_reward, crowd_pairs, expected_accuracy,
-                               expected_calibration_error, fit_by_hand, hh_accuracy, hh_pairs, normalize, pair_correct,
+                               expected_calibration_error, fit_by_hand, hh_accuracy, hh_pairs, measure_trl, normalize, pair_correct,
                                preference_probability, score_pairs, tiny_reward_model, train_reward_model,
                                train_with_trl)
 
@@ -410,7 +411,9 @@ def test_accuracy_counts():
     np.testing.assert_array_equal(right, [1, 0, 1, .5, np.nan])
     assert accuracy(length, rows) == pytest.approx(2.5 / 4)
     with pytest.raises(CourseError, match="tie"): accuracy(length, rows[-1:])
-    with pytest.raises(CourseError, match="one number per text"): accuracy(lambda p, r: torch.zeros(3), rows)
+    with pytest.raises(CourseError, match=r"shape \(3,\) for 10 texts, with 0 NaN; it must return one number per text"):
+        accuracy(lambda p, r: torch.zeros(3), rows)
+    with pytest.raises(CourseError, match="with 10 NaN"): accuracy(lambda p, r: torch.full((len(p),), math.nan), rows)
 
 
 def test_calibration_of_a_calibrated_predictor():
@@ -432,10 +435,11 @@ def test_calibration_is_symmetric_under_swaps():
     assert one["count"].sum() == 500
 
 
-@pytest.mark.parametrize("p, y", [([], []), ([.5], [.5, .5]), ([math.nan], [1]), ([2.], [1]), ([.5], [-1]),
-                                  (["x"], [1])])
-def test_bad_calibration_inputs(p, y):
-    with pytest.raises(CourseError): calibration_curve(p, y)
+@pytest.mark.parametrize("p, y, words", [
+    ([], [], r"shape \(0,\) .* non-empty"), ([.5], [.5, .5], "1 probabilities and 2 outcomes"), ([math.nan], [1], r"holds \[nan\]"),
+    ([.5, 2.], [1, 1], r"probabilities .* holds \[2.0\]"), ([.5], [-1], r"outcomes .* holds \[-1.0\]"), (["x"], [1], r"list of numbers")])
+def test_bad_calibration_inputs(p, y, words):
+    with pytest.raises(CourseError, match=words): calibration_curve(p, y)
 
 
 def test_class_reward():
@@ -505,6 +509,19 @@ def test_trl_trains_the_same_network():
     train_with_trl(model, rows, epochs=2, lr=3e-3, batch_size=16)
     assert accuracy(model, held_out) > .9 and not model.training
     assert torch.equal(before, torch.random.get_rng_state())
+    assert model.dropout.p > 0 and model.body.embeddings.dropout.p > 0, "TRL would switch dropout off, and leave it so"
+
+
+def test_the_margin_of_the_comparison_with_trl_stays_as_it_was_written_down():
+    assert EXPERIMENTS["reward-trl"] is AGAINST_TRL
+    assert (AGAINST_TRL.predicts, AGAINST_TRL.threshold, AGAINST_TRL.margin, AGAINST_TRL.seeds) == ("=", 0., .03, 16)
+
+
+@pytest.mark.slow
+def test_one_row_of_the_comparison_with_trl():
+    row = measure_trl(0)
+    assert row["difference"] == pytest.approx(row["ours"] - row["trl"]) and row["by_order"] == pytest.approx(row["ours"] - row["reordered"])
+    assert len({row["ours"], row["reordered"], row["trl"]}) == 3 and .5 < row["same_order"] < 1
 
 
 # --- real people
