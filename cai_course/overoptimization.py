@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['NS', 'BON_FORM', 'GRADIENT_FORM', 'ROOT_LAW', 'PRICE_PATH', 'ENSEMBLE', 'MORE_LABELS', 'GOLD_FALLS', 'PRICE_KEEPS',
-           'BestOfN', 'best_of_n', 'best_of_n_curve', 'best_of_n_kl', 'kl_divergence', 'best_of_n_probs', 'tilt',
-           'gao_bon', 'gao_rl', 'GaoFit', 'fit_gao', 'Arena', 'fit_linear_reward', 'make_arena', 'climb',
-           'measure_arena', 'regressional_slope', 'RewardEnsemble', 'gold_value', 'small_proxy', 'HackRun', 'hack',
-           'fall_from_peak', 'measure_hacking', 'early_stop']
+           'DRAWS', 'BEST_GAINS', 'BEST_OR_PPO', 'BestOfN', 'best_of_n', 'best_of_n_curve', 'best_of_n_kl',
+           'kl_divergence', 'best_of_n_probs', 'tilt', 'gao_bon', 'gao_rl', 'GaoFit', 'fit_gao', 'Arena',
+           'fit_linear_reward', 'make_arena', 'climb', 'measure_arena', 'regressional_slope', 'RewardEnsemble',
+           'gold_value', 'small_proxy', 'HackRun', 'hack', 'fall_from_peak', 'measure_hacking', 'early_stop',
+           'measure_remedies']
 
 # %% ../nbs/08_reward_hacking.ipynb #74a6b6ee
 import math
@@ -50,14 +51,16 @@ def best_of_n(
         raise CourseError(f"n is {n!r}; a whole number of 1 or more is needed. Use for example n=4.")
     if not prompts: raise CourseError("prompts is empty; at least one is needed. Pass a list of strings.")
     if n > 1 and not temperature > 0:
-        raise CourseError(f"temperature is {temperature}: all {n} replies would be the same. Use temperature=1.0.")
+        raise CourseError(f"temperature is {temperature}: all {n} replies would be the same. It must be above 0 if n is "
+                          "above 1; use temperature=1.0.")
     written = policy.generate(prompts, max_new_tokens=max_new_tokens, temperature=temperature, n=int(n), seed=seed)
     written = [[text] for text in written] if n == 1 else written
     flat = [text for row in written for text in row]
     scores = torch.as_tensor(reward_fn([p for p in prompts for _ in range(n)], flat)).detach().float().cpu()
     if scores.shape != (len(flat),) or not torch.isfinite(scores).all():
-        raise CourseError(f"reward_fn returned shape {tuple(scores.shape)} for {len(flat)} replies, or a number that "
-                          "is not finite; one finite number per reply is needed.")
+        raise CourseError(f"reward_fn returned shape {tuple(scores.shape)} for {len(flat)} replies, with "
+                          f"{int((~torch.isfinite(scores)).sum())} numbers that are not finite; one finite number per "
+                          "reply is needed. Call reward_fn on a few prompts and replies to see what it returns.")
     table = scores.view(len(prompts), n)
     best = [max(range(n), key=lambda j: (row[j], -j)) for row in table.tolist()]
     scores = table[torch.arange(len(best)), torch.tensor(best)]
@@ -76,9 +79,11 @@ def best_of_n_curve(
     """
     proxy, gold = (np.atleast_2d(np.asarray(x, float)) for x in (proxy, gold))
     if proxy.shape != gold.shape or proxy.ndim != 2 or not proxy.size:
-        raise CourseError(f"proxy has shape {proxy.shape} and gold {gold.shape}; both must be (B, N).")
+        raise CourseError(f"proxy has shape {proxy.shape} and gold {gold.shape}; both must be (B, N), and not empty. "
+                          "Score the same replies twice, once by each.")
     if not (np.isfinite(proxy).all() and np.isfinite(gold).all()):
-        raise CourseError("proxy or gold holds NaN or infinity. Mend the reward function first.")
+        raise CourseError(f"proxy holds {(~np.isfinite(proxy)).sum()} and gold {(~np.isfinite(gold)).sum()} numbers that "
+                          "are NaN or infinite; all must be finite. Mend the reward function first.")
     order = proxy.argsort(1, kind="stable")
     proxy, gold = np.take_along_axis(proxy, order, 1), np.take_along_axis(gold, order, 1)
     for p, g in zip(proxy, gold):  # equal scores: each of the group is equally likely to be taken
@@ -94,7 +99,8 @@ def best_of_n_curve(
 
 def _best_weights(N, n): # chance that the i-th lowest of N is the best of a random n, (N,)
     if not 1 <= n <= N or n != int(n):
-        raise CourseError(f"n is {n}; a whole number from 1 to {N}, the replies at hand, is needed.")
+        raise CourseError(f"n is {n}; a whole number from 1 to {N}, the replies at hand, is needed. "
+                          "Write more replies, or leave this n out.")
     weights = np.zeros(N)
     weights[-1] = n / N
     for i in range(N - 1, int(n) - 1, -1): weights[i - 1] = weights[i] * (i + 1 - n) / i  # C(i-1,n-1) / C(i,n-1)
@@ -109,7 +115,7 @@ def best_of_n_kl(
     With ties it is an upper bound (see `best_of_n_probs`). Raises `CourseError` for n below 1.
     Source: Stiennon et al. (2020), appendix G.3; Hilton (2023); bound with ties: Beirami et al. (2024).
     """
-    if not n >= 1: raise CourseError(f"n is {n}; 1 or more replies are needed.")
+    if not n >= 1: raise CourseError(f"n is {n}; 1 or more replies are needed. Use n=1 for no choice at all.")
     return math.log(n) - (n - 1) / n
 
 # %% ../nbs/08_reward_hacking.ipynb #5c881950
@@ -154,7 +160,8 @@ def tilt(
     """
     probs, scores = _outcomes(probs, scores)
     if not beta > 0:
-        raise CourseError(f"beta is {beta}; it must be above 0. Without a price the optimum is a single reply.")
+        raise CourseError(f"beta is {beta}; it must be above 0. Without a price the optimum is a single reply; "
+                          "for one close to that use a small price, such as 0.01.")
     logits = np.where(probs > 0, scores, -np.inf) / beta
     weights = probs * np.exp(logits - logits.max())
     return weights / weights.sum()
@@ -163,9 +170,12 @@ def tilt(
 def _outcomes(probs, scores): # checked
     probs, scores = np.asarray(probs, float), np.asarray(scores, float)
     if probs.shape != scores.shape or probs.ndim != 1 or not probs.size:
-        raise CourseError(f"probs has shape {probs.shape} and scores {scores.shape}; both must be (K,).")
+        raise CourseError(f"probs has shape {probs.shape} and scores {scores.shape}; both must be (K,), K at least 1. "
+                          "Give one score to each outcome.")
     if (probs < 0).any() or not math.isclose(probs.sum(), 1., abs_tol=1e-6) or not np.isfinite(scores).all():
-        raise CourseError(f"probs must be 0 or more and sum to 1 (now {probs.sum():.6g}), scores must be finite.")
+        raise CourseError(f"probs go down to {probs.min():.3g} and sum to {probs.sum():.6g}, and {(~np.isfinite(scores)).sum()} "
+                          "scores are NaN or infinite; probs must be 0 or more and sum to 1, scores must be finite. "
+                          "Divide probs by their sum, and mend the scores.")
     return probs, scores
 
 # %% ../nbs/08_reward_hacking.ipynb #55baaab5
@@ -227,13 +237,17 @@ def fit_gao(
     Source: Gao et al. (2023), equation 1; Akaike (1974): `N log(RSS / N) + 2 * 3` for two slopes and a variance.
     """
     d, gold = np.asarray(d, float), np.asarray(gold, float) - start
-    if form not in ("bon", "rl", "best"): raise CourseError(f'form is {form!r}; it must be "bon", "rl" or "best".')
+    if form not in ("bon", "rl", "best"):
+        raise CourseError(f'form is {form!r}; it must be "bon", "rl" or "best". Leave it out for the one that fits better.')
     if d.shape != gold.shape or d.ndim != 1 or not (np.isfinite(d).all() and np.isfinite(gold).all()):
-        raise CourseError(f"d has shape {d.shape} and gold {gold.shape}; both must be (N,) and finite.")
+        raise CourseError(f"d has shape {d.shape} with {(~np.isfinite(d)).sum()} numbers that are not finite, gold {gold.shape} "
+                          f"with {(~np.isfinite(gold)).sum()}; both must be (N,) and finite. Give one gold reward for each "
+                          "distance, and drop the points that were not measured.")
     if (d < 0).any():
         raise CourseError(f"d goes down to {d.min():.3g}; it is sqrt(KL), 0 or more. Drop negative KL estimates.")
     if len(np.unique(d[d > 0])) < 3:
-        raise CourseError(f"{len(np.unique(d[d > 0]))} different distances above 0; two slopes need at least 3.")
+        raise CourseError(f"{len(np.unique(d[d > 0]))} different distances above 0; two slopes need at least 3. "
+                          "Measure more points.")
     if form == "best": return min((fit_gao(d, gold, f) for f in ("bon", "rl")), key=lambda fit: fit.aic)
     one = gao_bon if form == "bon" else gao_rl
     X = np.stack([one(d, 1., 0.), one(d, 0., 1.)], 1)  # linear in a and b
@@ -401,7 +415,7 @@ def regressional_slope(
     """
     if not (var_gold > 0 and var_noise >= 0):
         raise CourseError(f"var_gold is {var_gold}, var_noise is {var_noise}; the first must be above 0, the second 0 "
-                          "or more.")
+                          "or more. Pass variances, such as scores.var().")
     return var_gold / (var_gold + var_noise)
 
 
@@ -418,10 +432,11 @@ class RewardEnsemble:
         penalty:float=.5, # Only for "uncertainty": weight of the variance between members, >= 0
     ):
         self.members, self.how, self.penalty = list(members), how, penalty
-        if not self.members: raise CourseError("members is empty; an ensemble needs at least one reward function.")
+        if not self.members: raise CourseError("members is empty; an ensemble needs at least one reward function. Pass a list of them.")
         if how not in ("mean", "min", "uncertainty"):
-            raise CourseError(f'how is {how!r}; it must be "mean", "min" or "uncertainty".')
-        if not penalty >= 0: raise CourseError(f"penalty is {penalty}; it must be 0 or more, its minus is built in.")
+            raise CourseError(f'how is {how!r}; it must be "mean", "min" or "uncertainty". Choose one of them.')
+        if not penalty >= 0:
+            raise CourseError(f"penalty is {penalty}; it must be 0 or more. Its minus is built in: leave yours out.")
 
     def scores(self, prompts, responses)->torch.Tensor: # Scores of every member, `(K, B)`
         "What each member says."
@@ -429,7 +444,7 @@ class RewardEnsemble:
         for i, row in enumerate(rows):
             if row.shape != (len(responses),):
                 raise CourseError(f"members[{i}] returned shape {tuple(row.shape)} for {len(responses)} replies; one "
-                                  "number each is needed.")
+                                  "number each is needed. Mend this member, or leave it out.")
         return torch.stack(rows)
 
     def __call__(self, prompts, responses)->torch.Tensor: # `(B,)`
@@ -516,7 +531,7 @@ def fall_from_peak(
     golds = np.asarray(golds, float)
     if golds.ndim != 2 or len(golds) < window or golds.shape[1] < 2:
         raise CourseError(f"golds has shape {golds.shape}; it must be (rollouts, B) with at least {window} rollouts "
-                          "and 2 replies each.")
+                          "and 2 replies each. Give more of them, or use a smaller window.")
     halves = [np.convolve(golds[:, k::2].mean(1), np.full(window, 1 / window), "valid") for k in (0, 1)]
     return float(np.mean([b[a.argmax()] - b[-1] for a, b in (halves, halves[::-1])]))
 
@@ -560,8 +575,8 @@ def early_stop(
     Rows without `key` (or with None) are passed over: gold need not be measured at every step.
     Raises `CourseError` if there is nothing to decide by, or the first row already exceeds the budget.
     """
-    if patience < 1: raise CourseError(f"patience is {patience}; it must be 1 or more.")
-    if not len(history): raise CourseError("history is empty; pass the rows of a run.")
+    if patience < 1: raise CourseError(f"patience is {patience}; it must be 1 or more. Use patience=1 to give up at once.")
+    if not len(history): raise CourseError("history is empty; at least one row is needed. Pass the rows of a run.")
     best, last, waited = None, None, 0
     for row in history:
         if max_kl is not None and row.get("kl") is not None and row["kl"] > max_kl: break
@@ -571,8 +586,45 @@ def early_stop(
         else: waited += 1
         if waited >= patience: break
     if last is None:
-        raise CourseError(f"the first row has KL {history[0]['kl']:.3g}, above max_kl {max_kl}. Raise max_kl.")
+        raise CourseError(f"the first row has KL {history[0]['kl']:.3g}, above max_kl {max_kl}; the budget must hold for at "
+                          "least one row. Raise max_kl, or pass the run from its beginning.")
     if best is None and max_kl is None:
         raise CourseError(f"no row holds {key!r} and there is no max_kl, so there is nothing to decide by. Give "
                           "one of them.")
     return last if best is None else best
+
+# %% ../nbs/08_reward_hacking.ipynb #c08a0002
+DRAWS = (1, 2, 4, 8, 16) # values of n on text
+
+def measure_remedies(seed:int)->dict: # gold of the panel's replies under each remedy, and what it cost
+    """Best of n, the lowest of three reward models and a lower price, on the panel of `measure_hacking`.
+
+    Same seed: same panel, same first reward model, same requests for PPO and same number of steps.
+    """
+    from cai_course.models import load_policy
+    judges = [small_proxy(seed + 100 * k) for k in range(3)]  # each with labels of its own; the first is measure_hacking's
+    panel = [r.text for g in ("benign", "harmful") for r in world.requests(g, "heldout", limit=64, seed=seed)]
+    pool = best_of_n(load_policy("pocket-t5"), judges[0], panel, n=max(DRAWS), seed=seed, max_new_tokens=40)
+    asked, said = [q for q in panel for _ in range(max(DRAWS))], [t for row in pool.all_texts for t in row]
+    worth = gold_value(asked, said).view(len(panel), -1)
+    votes = RewardEnsemble(judges).scores(asked, said).view(len(judges), *worth.shape)
+    out = {f"best_{name}": [row["gold"] for row in best_of_n_curve(score, worth, DRAWS)]
+           for name, score in (("one", votes[0]), ("lowest", votes.min(0).values), ("gold", worth))}
+    for name, proxy, beta in (("cheap", judges[0], .03), ("lowest", RewardEnsemble(judges, "min"), 0.)):
+        run = hack(proxy, seed, beta, panel=panel, every=24)
+        for key in ("proxy", "gold", "kl"): out[f"{key}_{name}"] = [row[key] for row in run.history]
+        out[f"panel_{name}"] = run.panel.mean(1).tolist()
+    best = out["best_one"][-1]
+    return dict(out, best_gained=best - out["best_one"][0], best_or_ppo=best - out["panel_cheap"][-1])
+
+
+BEST_GAINS = Experiment(
+    name="best-of-16-gains", chapter="08", run=measure_remedies, value="best_gained", predicts=">", threshold=0., seeds=5,
+    uses=("world", "models", "ppo", "rl"), models=("pocket-t5",),
+    claim="Best of 16 by a small reward model has more gold than a single reply.",
+    source="Gao et al. (2023), section 3")
+BEST_OR_PPO = Experiment(
+    name="best-of-16-or-ppo", chapter="08", run=measure_remedies, value="best_or_ppo", predicts=">", threshold=0., seeds=5,
+    uses=("world", "models", "ppo", "rl"), models=("pocket-t5",),
+    claim="Best of 16 by a small reward model has more gold than PPO against it with a price of 0.03.",
+    source="this course, from Gao et al. (2023), section 3")

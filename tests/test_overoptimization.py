@@ -1,11 +1,14 @@
 """What a maintainer fears about `overoptimization`: closed forms that are off by one, ties, signs, curves fitted to nothing."""
+import ast
 import itertools
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from cai_course import overoptimization
 from cai_course.errors import CourseError
 from cai_course.overoptimization import (GaoFit, RewardEnsemble, best_of_n, best_of_n_curve, best_of_n_kl, best_of_n_probs,
                                          climb, early_stop, fall_from_peak, fit_gao, fit_linear_reward, gao_bon, gao_rl,
@@ -244,3 +247,47 @@ def test_gold_value_and_the_small_proxy():
     assert kinds == sorted(kinds, reverse=True)
     model = small_proxy(0, requests=10)
     assert model(["a"], ["b"]).shape == (1,) and model.scale.item() != 1.
+
+
+# -- messages ---------------------------------------------------------------------------------------
+ONE, RUN = (lambda p, t: torch.zeros(len(t))), [dict(step=0, kl=2., gold=None)]
+MESSAGES = { # what was found: (a wrong call, what to do next)
+    "n is 0;": (lambda: best_of_n(Writer(), value, ["a"], 0), "Use for example n=4"),
+    "prompts is empty;": (lambda: best_of_n(Writer(), value, [], 2), "Pass a list of strings"),
+    "temperature is 0:": (lambda: best_of_n(Writer(), value, ["a"], 2, temperature=0), "use temperature=1.0"),
+    "reward_fn returned shape (2,) for 3 replies, with 1 numbers": (lambda: best_of_n(Writer(), lambda p, t: [1., math.nan], ["a"], 3), "Call reward_fn"),
+    "proxy has shape (1, 2) and gold (1, 1);": (lambda: best_of_n_curve([[1., 2.]], [[1.]], [1]), "Score the same replies twice"),
+    "proxy holds 1 and gold 2 numbers": (lambda: best_of_n_curve([[1., math.nan]], [[math.inf, math.nan]], [1]), "Mend the reward function"),
+    "n is 3;": (lambda: best_of_n_curve([[1., 2.]], [[1., 2.]], [3]), "Write more replies"),
+    "n is 0.5;": (lambda: best_of_n_kl(.5), "Use n=1"),
+    "beta is 0;": (lambda: tilt([1.], [1.], 0), "use a small price"),
+    "probs has shape (2,) and scores (1,);": (lambda: tilt([.5, .5], [1.], 1), "Give one score to each"),
+    "probs go down to -0.5 and sum to 1, and 1 scores": (lambda: tilt([-.5, 1.5], [1., math.nan], 1), "Divide probs by their sum"),
+    "form is 'log';": (lambda: fit_gao([1., 2., 3.], [0.] * 3, "log"), "Leave it out"),
+    "d has shape (2,) with 1 numbers that are not finite, gold (3,) with 0;": (lambda: fit_gao([1., math.nan], [0.] * 3), "Give one gold reward for each"),
+    "d goes down to -1;": (lambda: fit_gao([-1., 2., 3.], [0.] * 3), "Drop negative KL"),
+    "2 different distances above 0;": (lambda: fit_gao([1., 2., 2.], [0.] * 3), "Measure more points"),
+    "var_gold is 0, var_noise is 1;": (lambda: regressional_slope(0, 1), "Pass variances"),
+    "members is empty;": (lambda: RewardEnsemble([]), "Pass a list"),
+    "how is 'max';": (lambda: RewardEnsemble([ONE], "max"), "Choose one"),
+    "penalty is -1;": (lambda: RewardEnsemble([ONE], penalty=-1), "leave yours out"),
+    "members[1] returned shape (3,) for 1 replies;": (lambda: RewardEnsemble([ONE, lambda p, t: torch.zeros(3)])([""], [""]), "Mend this member"),
+    "golds has shape (2,);": (lambda: fall_from_peak([1., 2.]), "use a smaller window"),
+    "patience is 0;": (lambda: early_stop(RUN, patience=0), "Use patience=1"),
+    "history is empty;": (lambda: early_stop([]), "Pass the rows of a run"),
+    "the first row has KL 2, above max_kl 1;": (lambda: early_stop(RUN, max_kl=1), "Raise max_kl"),
+    "no row holds 'gold' and there is no max_kl,": (lambda: early_stop(RUN), "Give one of them"),
+}
+
+
+@pytest.mark.parametrize("found", MESSAGES)
+def test_a_message_names_what_was_found_and_what_to_do(found):
+    wrong, todo = MESSAGES[found]
+    with pytest.raises(CourseError) as caught: wrong()
+    assert found in str(caught.value) and todo in str(caught.value)
+
+
+def test_no_message_is_left_out():
+    tree = ast.parse(Path(overoptimization.__file__).read_text(encoding="utf-8"))
+    raised = [node for node in ast.walk(tree) if isinstance(node, ast.Raise)]
+    assert len(raised) == len(MESSAGES)
