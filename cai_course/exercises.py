@@ -186,7 +186,7 @@ def open_work_dir() -> Path: # The same folder, made and marked as the course's
 def progress() -> dict: # {exercise id: {"passed": bool, "attempts": int}}
     "What has been tried and passed so far. A damaged file counts as empty."
     try: rows = json.loads((work_dir() / "progress.json").read_text(encoding="utf-8"))["exercises"]
-    except (OSError, ValueError, KeyError, TypeError): return {}
+    except (OSError, ValueError, KeyError, TypeError, RecursionError): return {}
     rows = rows if isinstance(rows, dict) else {}
     return {k: dict(passed=bool(r.get("passed")), attempts=int(r["attempts"])) for k, r in rows.items()
             if isinstance(r, dict) and isinstance(r.get("attempts"), int)}
