@@ -53,9 +53,11 @@ def welch(
     """
     from scipy.special import stdtr, stdtrit
     if min(n_a, n_b) < 2 or ddof not in (0, 1):
-        raise CourseError(f"n_a is {n_a}, n_b is {n_b}, ddof is {ddof}; sizes of 2 or more and ddof 0 or 1 are needed.")
+        raise CourseError(f"n_a is {n_a}, n_b is {n_b}, ddof is {ddof}; sizes of 2 or more and ddof 0 or 1 are needed. "
+                          "Pass ddof=0 if the spreads come from NumPy's std as it is.")
     if not (0 <= sd_a < math.inf and 0 <= sd_b < math.inf and sd_a + sd_b > 0):
-        raise CourseError(f"sd_a is {sd_a}, sd_b is {sd_b}; both must be 0 or more, one of them above 0.")
+        raise CourseError(f"sd_a is {sd_a}, sd_b is {sd_b}; both must be 0 or more, one of them above 0. Without any "
+                          "spread there is nothing to test; check the printed figures.")
     va, vb = sd_a ** 2 / (n_a - 1 + ddof), sd_b ** 2 / (n_b - 1 + ddof) # squared standard errors
     df = (va + vb) ** 2 / (va ** 2 / (n_a - 1) + vb ** 2 / (n_b - 1))
     gap, error = mean_a - mean_b, math.sqrt(va + vb)
@@ -79,9 +81,11 @@ def samples_needed(
     """
     if not (math.isfinite(effect) and effect != 0 and sd_a >= 0 and sd_b >= 0 and -1 <= correlation <= 1):
         raise CourseError(f"effect is {effect}, sd_a is {sd_a}, sd_b is {sd_b}, correlation is {correlation}; needed: "
-                          "an effect other than 0, spreads of 0 or more, a correlation from -1 to 1.")
+                          "an effect other than 0, spreads of 0 or more, a correlation from -1 to 1. Take the smallest "
+                          "effect that would matter to you.")
     if not (.5 < power < 1 and 0 < level < 1):
-        raise CourseError(f"power is {power}, level is {level}; needed: power in (0.5, 1), level in (0, 1).")
+        raise CourseError(f"power is {power}, level is {level}; needed: power in (0.5, 1), level in (0, 1). "
+                          "0.8 and 0.95 are usual.")
     z = NormalDist().inv_cdf
     variance = sd_a ** 2 + sd_b ** 2 - 2 * correlation * sd_a * sd_b # of one difference
     return max(2, math.ceil((z(.5 + level / 2) + z(power)) ** 2 * variance / effect ** 2))
@@ -104,7 +108,7 @@ def simulate_studies(
     from scipy import stats
     if n < 2 or skewed and correlation:
         raise CourseError(f"n is {n}, skewed is {skewed}, correlation is {correlation}; needed: n of 2 or more, and "
-                          "normal scores for a correlation.")
+                          "normal scores for a correlation. Leave out skewed or correlation.")
     rng, size = np.random.default_rng([seed, n]), (repeats, n)
     if skewed: a, b = (rng.gamma((m / s) ** 2, s ** 2 / m, size) for m, s in (before, after))
     else:
@@ -147,7 +151,8 @@ def talk_scores(
     Raises `CourseError` for lists of different length or a prompt that is no talk of the pocket world.
     """
     if len(prompts) != len(responses):
-        raise CourseError(f"there are {len(prompts)} prompts and {len(responses)} responses; each prompt needs one.")
+        raise CourseError(f"there are {len(prompts)} prompts and {len(responses)} responses; each prompt needs one. "
+                          "Pass the prompts that these responses answer.")
     verdicts = [world.judge(p, r) for p, r in zip(prompts, responses)]
     for prompt, v in zip(prompts, verdicts):
         if not v.known or not prompt.startswith(world.TALK_OPENING):
@@ -164,7 +169,8 @@ def score_responses(
 )->list[dict]: # The tasks with `seed`, `response` and their scores
     "Judge answers. Raises `CourseError` for lists of different length."
     if len(tasks) != len(responses):
-        raise CourseError(f"there are {len(tasks)} tasks and {len(responses)} responses; each task needs one.")
+        raise CourseError(f"there are {len(tasks)} tasks and {len(responses)} responses; each task needs one. "
+                          "Let the model answer all of these tasks.")
     rows = [dict(task, seed=seed, response=text) for task, text in zip(tasks, responses)]
     talks = [row for row in rows if row["group"] == "talk"]
     prompts, texts = [row["prompt"] for row in talks], [row["response"] for row in talks]
@@ -194,13 +200,15 @@ def paired_values(
             for rows in (before, after))
     keys = [[(row["seed"], row["prompt"]) for row in rows] for rows in (a, b)]
     if not keys[0] or keys[0] != keys[1]:
-        raise CourseError(f"{measure}: before has {len(a)} rows of the group {group!r}, after has {len(b)}, and they "
-                          "must be the same prompts under the same seeds. Let both systems answer the same tasks.")
+        raise CourseError(f"{measure}: before has {len(a)} rows of the group {group!r}, after has {len(b)}; the first "
+                          f"difference: {next((f'{x} and {y}' for x, y in zip(*keys) if x != y), 'their number')[:200]}. They must "
+                          "be the same prompts under the same seeds, in the same order. Let both systems answer the same tasks.")
     def column(rows):
         if callable(what): return [v for s in dict.fromkeys(row["seed"] for row in rows)
                                    for v in what([row for row in rows if row["seed"] == s])]
         if not all(what in row for row in rows):
-            raise CourseError(f"some rows have no {what!r}. Pass the function that measures it to score_responses.")
+            raise CourseError(f"{sum(what not in row for row in rows)} of {len(rows)} rows have no {what!r}; every one needs it. Make "
+                              "them with score_responses; for 'reward', pass it a reward_fn.")
         return [row[what] for row in rows]
     return dict(before=column(a), after=column(b), seeds=[s for s, _ in keys[0]], clusters=[p for _, p in keys[0]])
 
@@ -283,7 +291,8 @@ def rouge_l(
     "ROUGE-L, by the `rouge-score` package. Raises `CourseError` for lists of different length. Source: Lin (2004)."
     from rouge_score.rouge_scorer import RougeScorer
     if len(predictions) != len(references):
-        raise CourseError(f"there are {len(predictions)} predictions and {len(references)} references; each needs one.")
+        raise CourseError(f"there are {len(predictions)} predictions and {len(references)} references; each needs one. "
+                          "Pass two lists of the same length.")
     scorer = RougeScorer(["rougeL"])
     return [scorer.score(r, p)["rougeL"].fmeasure for p, r in zip(predictions, references)]
 
@@ -294,7 +303,7 @@ def metric_folder(
     "Where a metric script lies. Raises `CourseError` for an unknown name."
     folder, here = data_dir() / "metrics" / name, data_dir() / "metrics"
     known = sorted(p.name for p in here.iterdir() if (p / f"{p.name}.py").is_file())
-    if name not in known: raise CourseError(f"there is no metric {name!r}; there is {', '.join(known)}.")
+    if name not in known: raise CourseError(f"there is no metric {name!r}; there is {', '.join(known)}. Choose one of these.")
     return str(folder)
 
 # %% ../nbs/09_evaluation.ipynb #a1440a2d
@@ -308,8 +317,10 @@ def win_rate(
     Raises `CourseError` for other points, an unknown way with ties, or if nothing but ties were to be dropped.
     """
     points = np.asarray(points, float)
-    if ties not in ("half", "drop"): raise CourseError(f'ties is {ties!r}; it must be "half" or "drop".')
-    if not np.isin(points, (0., .5, 1.)).all(): raise CourseError("points must be 1 (win), 0.5 (tie) or 0 (loss).")
+    if ties not in ("half", "drop"): raise CourseError(f'ties is {ties!r}; it must be "half" or "drop". Take "half" if unsure.')
+    if not np.isin(points, (0., .5, 1.)).all():
+        raise CourseError(f"points hold {points[~np.isin(points, (0., .5, 1.))][0]}; each must be 1 (win), 0.5 (tie) or 0 "
+                          "(loss). Correct the comparison, or leave it out.")
     keep = points != .5 if ties == "drop" else np.ones(len(points), bool)
     if not keep.any():
         raise CourseError(f"of {len(points)} comparisons none has a winner. Collect more, or count ties as half.")
@@ -327,7 +338,7 @@ def elo_gap(
     rate:float, # Win rate of A against B, in [0, 1]
 )->float: # Elo points of A minus those of B; infinite for 0 and 1
     "The gap at which a win rate is expected. Raises `CourseError` for a rate outside [0, 1]."
-    if not 0 <= rate <= 1: raise CourseError(f"rate is {rate}; a win rate lies in [0, 1].")
+    if not 0 <= rate <= 1: raise CourseError(f"rate is {rate}; a win rate lies in [0, 1]. Divide points by games first.")
     if rate in (0, 1): return math.copysign(math.inf, rate - .5)
     return -400 * math.log10(1 / rate - 1)
 
@@ -346,7 +357,8 @@ def elo_ratings(
     """
     names = sorted({name for a, b, _ in games for name in (a, b)})
     if len(names) < 2 or any(a == b or s not in (0, .5, 1) for a, b, s in games):
-        raise CourseError("games must be (name, another name, 1, 0.5 or 0), of two systems or more.")
+        raise CourseError(f"the games are between {len(names)} systems and begin with {str(list(games)[:2])[:80]}; each must be "
+                          "(name, another name, 1, 0.5 or 0), and two systems or more must play. Correct or drop the others.")
     place, K = {name: i for i, name in enumerate(names)}, len(names)
     clusters = np.arange(len(games)) if clusters is None else np.asarray(clusters)
     which = np.unique(clusters, return_inverse=True)[1].reshape(-1)

@@ -161,9 +161,9 @@ def test_pairs_are_found_even_if_the_seeds_come_mixed():
 
 
 @pytest.mark.parametrize("after, said", [
-    (fake([0, 1, 1])[:2], "after has 2"), (fake([0, 1, 1], seed=1), "same prompts under the same seeds"),
-    (fake([0, 1, 1])[::-1], "same prompts under the same seeds"), ([], "after has 0"),
-    (fake([0, 1, 1], group="skill"), "after has 0"), (fake([0, 1, 1], column="other"), "have no 'rude'")])
+    (fake([0, 1, 1])[:2], "after has 2"), (fake([0, 1, 1], seed=1), r"\(0, 'p0'\) and \(1, 'p0'\)\. They must be the same prompts"),
+    (fake([0, 1, 1])[::-1], "same prompts under the same seeds, in the same order"), ([], "after has 0"),
+    (fake([0, 1, 1], group="skill"), "after has 0"), (fake([0, 1, 1], column="other"), "3 of 3 rows have no 'rude'")])
 def test_rows_that_do_not_belong_together_are_refused(after, said):
     with pytest.raises(CourseError, match=said):
         paired_values(fake([1, 1, 1]), after, "rude")
@@ -193,7 +193,7 @@ def test_ties_are_half_a_win_or_left_out():
     assert win_rate([1, .5, .5, 0, 1]).value == .6
     assert win_rate([1, .5, .5, 0, 1], ties="drop").value == pytest.approx(2 / 3)
     assert win_rate([1, 1, 0, 0], clusters=["a", "a", "b", "b"]).n == 2
-    for points, options, said in (([.5], dict(ties="drop"), "none has a winner"), ([2.], {}, "must be 1"), ([], {}, "none"),
+    for points, options, said in (([.5], dict(ties="drop"), "none has a winner"), ([1., 2.], {}, "hold 2.0; each must be 1"), ([], {}, "none"),
                                   ([1.], dict(ties="win"), "ties is 'win'"), ([math.nan], {}, "must be 1")):
         with pytest.raises(CourseError, match=said):
             win_rate(points, **options)
@@ -254,9 +254,10 @@ def test_ratings_are_finite_for_a_system_that_never_lost_and_count_prompts():
     assert (copied.high - copied.low) / (apart["a"].high - apart["a"].low) == pytest.approx(1., abs=.15)
 
 
-@pytest.mark.parametrize("games", [[], [("a", "a", 1)], [("a", "b", .7)], [("a", "b", 2)]])
-def test_games_that_are_none_are_refused(games):
-    with pytest.raises(CourseError, match="two systems"):
+@pytest.mark.parametrize("games, said", [([], "between 0 systems"), ([("a", "a", 1)], "between 1 systems"),
+                                         ([("a", "b", .7)], "'a', 'b', 0.7"), ([("a", "b", 1), ("a", "b", 2)], "'a', 'b', 2")])
+def test_games_that_are_none_are_refused(games, said):
+    with pytest.raises(CourseError, match=f"{said}.*two systems"):
         elo_ratings(games)
 
 
