@@ -22,7 +22,7 @@ CELL_LIMIT = 600  # seconds; a cell that needs more does not belong in a chapter
 def run(path: Path) -> float: # Seconds it took
     start = time.monotonic()
     book = nbformat.read(path, as_version=4)
-    NotebookClient(book, timeout=CELL_LIMIT, kernel_name="python3", resources={"metadata": {"path": str(path.parent)}}).execute()
+    NotebookClient(book, timeout=CELL_LIMIT, kernel_name="python3", coalesce_streams=True, resources={"metadata": {"path": str(path.parent)}}).execute()
     book.metadata = KERNEL
     for cell in book.cells:
         cell.metadata = {key: value for key, value in cell.metadata.items() if key == "tags"}

@@ -89,12 +89,13 @@ def _without_return(k, n, steps): # If a drawn principle did not come again
 met_once = Exercise(
     id="10-met-once", title="The chance to meet a principle", difficulty="medium", minutes=6,
     check=Check(
-        lambda f: [float(f(1, 16, 4)), float(f(3, 16, 2)), float(f(9, 16, 1)), float(f(4, 16, 8))],
+        lambda f: [float(f(1, 16, 4)), float(f(3, 16, 2)), float(f(9, 16, 1)), float(f(4, 16, 8)), float(f(1, 4, 3))],
         _met,
         mistakes={
             "sum of chances": (lambda k, n, s: s * k / n,
                                "Adding the chances counts some cases twice, and ends above 1. Ask for the chance to meet "
                                "none of them first."),
+            "always sixteen": (lambda k, n, s: _met(k, 16, s), "Not every constitution has 16 principles. Use `n`."),
             "met every time": (lambda k, n, s: (k / n) ** s, "This is the chance to meet one of them in *every* step."),
             "never met": (lambda k, n, s: (1 - k / n) ** s, "This is the chance of missing all of them. Nearly there."),
             "no principle twice": (_without_return,
@@ -106,7 +107,8 @@ met_once = Exercise(
     solution="def met_once(k, n, steps):\n    return 1 - (1 - k / n) ** steps")
 
 # %% ../../nbs/practice/10_constitution.ipynb #412a2bf5
-_OLD, _NEW = dict(kind="Be kind.", honest="Do not lie.", old="Gone."), dict(honest="Never lie.", kind="Be kind.", fair="Be fair.")
+_OLD = dict(kind="Be kind.", true="Do not lie.", help="Be of use.", old="Gone.", early="Gone, too.")
+_NEW = dict(true="Never lie.", help="Help.", kind="Be kind.", fair="Be fair.", brave="Be brave.")
 
 def _changed(old, new):
     return dict(added=sorted(set(new) - set(old)), removed=sorted(set(old) - set(new)),
@@ -119,6 +121,9 @@ what_changed = Exercise(
         _changed,
         mistakes={
             "turned round": (lambda a, b: _changed(b, a), "Added and removed have changed places."),
+            "not sorted": (lambda a, b: dict(added=[i for i in b if i not in a], removed=[i for i in a if i not in b],
+                                             changed=[i for i in a if i in b and a[i] != b[i]]),
+                           "The right ids, in the order of the files. Sort the three lists, so that two people get the same."),
             "by place": (lambda a, b: dict(_changed(a, b), changed=sorted(x for x, y in zip(a, b) if a[x] != b[y])),
                          "Principles are compared by their place in the file. Compare those with the same id."),
             "new ones count as changed": (lambda a, b: dict(_changed(a, b), changed=sorted(i for i in b if a.get(i) != b[i])),

@@ -176,7 +176,7 @@ better_each_time = quiz(
      "Nothing: that is why the paper ran four rounds",
      "It is the other way round: later rounds do most of the work",
      "A different model must write the revisions"],
-    ["Right. A revision is asked to remove harm. Whatever else the reply was good for is not asked about.",
+    ["A revision is asked to remove harm. Whatever else the reply was good for is not asked about.",
      "Four rounds were run, but the paper's own curves show harmlessness rising and pure helpfulness falling.",
      "In the paper the first revision removed most of the harm. Look at the plot for the pocket model's steps.",
      "The same model does all three jobs: reply, critique and revision. Only the prompts differ."])
@@ -186,7 +186,7 @@ needless = quiz(
     ["The model declines more often, also where help would be fine",
      "The model forgets its language",
      "Nothing: help is not touched by data about harm"],
-    ["Right. In that data every reply that was mended declines. The mix of helpful replies is there to say when not to.",
+    ["In that data every reply that was mended declines. The mix of helpful replies is there to say when not to.",
      "The revisions are fluent sentences. What is lost is not language but the habit of helping.",
      "Fine-tuning changes one set of weights for all prompts. What the data never show is free to drift."])
 
@@ -195,6 +195,6 @@ same_draw = quiz(
     ["The difference is then due to the critique alone, and fewer prompts are needed to see it",
      "Otherwise the model could not be called twice",
      "So that both runs give the same revisions"],
-    ["Right. It is a paired comparison: what makes a prompt hard is subtracted.",
+    ["It is a paired comparison: what makes a prompt hard is subtracted.",
      "The model can be called as often as you like.",
      "They will differ, and that difference is what we measure."])

@@ -154,7 +154,7 @@ bias_cured = quiz(
     ["The verdicts are right again, but every label is close to one half",
      "Nothing: labels and confidence are as without the bonus",
      "Everything: the bonus is added twice"],
-    ["Right. The bonus cancels in which side of one half the label falls on, not in how far it lies from it.",
+    ["The bonus cancels in which side of one half the label falls on, not in how far it lies from it.",
      "Try d = 2 and a bonus of 5: the two orders say 0.999 and 0.047, and their mean is hardly above one half.",
      "The bonus helps a in one order and b in the other."])
 
@@ -164,7 +164,7 @@ clamp_scale = quiz(
     ["Whether the same happens when unclamped rewards are divided by a constant, or the KL penalty is raised",
      "Whether the reward model's accuracy rose",
      "Nothing: the paper clamped, too"],
-    ["Right. Clamped labels make small rewards. A smaller reward under the same penalty is a stronger penalty.",
+    ["Clamped labels make small rewards. A smaller reward under the same penalty is a stronger penalty.",
      "Clamping leaves each label on its side of one half, and yet a model that is trained on weak labels may rank "
      "differently. That is worth a look, but accuracy says nothing about scale, which makes training look calmer.",
      "The paper reports no table about it, and no control for the scale."])
@@ -174,6 +174,6 @@ agrees_with_itself = quiz(
     ["Nothing yet: it may be wrong the same way each time",
      "It is at least 99 % right",
      "It has no bias for places"],
-    ["Right. A judge that always says (A) agrees with itself perfectly. Accuracy needs somebody who knows.",
+    ["A judge that always says (A) agrees with itself perfectly. Accuracy needs somebody who knows.",
      "Being steady is not being right. The oracle, or people, must be asked for a sample.",
      "If both questions used the same order, a bias for places makes the answers agree even more."])

@@ -19,7 +19,8 @@ def _front(models, better=lambda a, b: a["help"] >= b["help"] and a["harm"] <= b
 
 def _planes():
     one = dict(base=(.98, .99), mute=(.02, 0.), first=(.9, .3), second=(.9, .1), third=(.8, .1), fourth=(.95, .5))
-    two = dict(a=(.5, .5), b=(.5, .5), c=(.6, .2), d=(.7, .3))
+    two = dict(a=(.5, .5), b=(.5, .5), c=(.6, .2), d=(.7, .3),
+               twin=(.8, .4), other=(.8, .4))
     return [{name: dict(help=x, harm=y) for name, (x, y) in plane.items()} for plane in (one, two)]
 
 front = Exercise(
@@ -37,6 +38,10 @@ front = Exercise(
             "better in either": (lambda ms: _front(ms, lambda a, b: a["help"] > b["help"] or a["harm"] < b["harm"]),
                                  "Too harsh. Being better in one respect and worse in the other beats nobody: that is a "
                                  "trade."),
+            "beaten by an equal": (lambda ms: sorted(n for n, m in ms.items() if not any(
+                k != n and o["help"] >= m["help"] and o["harm"] <= m["harm"] for k, o in ms.items())),
+                                   "Two models with the same figures throw each other out here. A model beats another only if it is "
+                                   "better in one respect at least."),
             "one winner": (lambda ms: [max(ms, key=lambda n: ms[n]["help"] - ms[n]["harm"])],
                            "This picks one by help minus harm. Who said that a point of each is worth the same? Keep "
                            "every model that no other one beats."),
@@ -194,7 +199,7 @@ which_reference = quiz(
      "The base model, because it was there first",
      "The policy before the last update, which PPO clips against",
      "The judge, because it knows what is harmless"],
-    ["Right. The penalty says how far reinforcement learning may move, so it is measured from where that began.",
+    ["The penalty says how far reinforcement learning may move, so it is measured from where that began.",
      "Then the penalty would pull the model back to what phase 1 has unlearned.",
      "That is the old policy of one update. It moves along; the reference stays.",
      "The judge labels pairs, and is never asked for a probability of the policy's own words."])
@@ -206,7 +211,7 @@ not_different = quiz(
      "AI feedback is as good as human feedback",
      "Human feedback is better, by 2 points",
      "Nothing, without more judges"],
-    ["Right. To show a difference of 2 points, one would need thousands of comparisons for each.",
+    ["To show a difference of 2 points, one would need thousands of comparisons for each.",
      "Not significant means not shown. Equality needs a margin, and an interval inside it.",
      "The 2 points may be chance; the study itself says so.",
      "The interval says quite a lot: large differences are excluded."])

@@ -43,10 +43,10 @@ def _cheaper(human, ai, human_price, ai_price):
 times_cheaper = Exercise(
     id="14-times-cheaper", title="How many times cheaper is the mixture?", difficulty="medium", minutes=6,
     check=Check(
-        lambda f: [f(135_296, 182_831, .67, .0571), f(0, 100, .67, .0571), f(100, 100, 1., 0.)],
+        lambda f: [f(135_296, 182_831, .67, .0571), f(0, 100, .67, .0571), f(100, 100, 1., .001)],
         _cheaper,
         mistakes={
-            "price of one label": (lambda h, a, p, q: p / q if q else float("inf"),
+            "price of one label": (lambda h, a, p, q: p / q,
                                    "This is the ratio for a single label. Only some of the labels change hands."),
             "upside down": (lambda h, a, p, q: 1 / _cheaper(h, a, p, q),
                             "Upside down: this is the share of the old bill that is left."),
@@ -148,7 +148,7 @@ is_it_circular = quiz(
      "Yes: a model trains a model",
      "Yes, and therefore the labels are worthless",
      "No, so the pupil's opinion of itself can be trusted, too"],
-    ["Right. Frozen is what matters. What the teacher does not see, the pupil will not learn from it.",
+    ["Frozen is what matters. What the teacher does not see, the pupil will not learn from it.",
      "A circle needs a way back. Here the pupil has no influence on the teacher.",
      "They are as good as the teacher, which a validation sample can tell.",
      "The moment the pupil judges itself, the circle closes: its judgments move with what it has learned."])
@@ -159,7 +159,7 @@ where_to_spend = quiz(
      "Check the labels of which the machine is surest, they weigh most",
      "Add them to the training set and enlarge it by one percent",
      "Let people label what the machine finds hardest, and nothing else"],
-    ["Right. Only a random sample tells how good the labels are; then spend the rest where they are worst.",
+    ["Only a random sample tells how good the labels are; then spend the rest where they are worst.",
      "What the machine is sure of and wrong about would be found, but you would never learn how much is wrong "
      "elsewhere.",
      "One percent more of the same hardly moves anything. The same labels as a sample tell you what you have.",

@@ -84,13 +84,16 @@ def _waiting(lengths, ranks):
 waiting = Exercise(
     id="15-waiting", title="The share of steps spent waiting", difficulty="medium", minutes=8,
     check=Check(
-        lambda f: [f([10, 5, 4, 2], 2), f([10, 5, 4, 2], 4), f([3, 9, 1, 2, 6, 6], 3)],
+        lambda f: [f([10, 5, 4, 2], 2), f([10, 2, 4, 9], 2), f([10, 5, 4, 2], 4), f([3, 9, 1, 2, 6, 6], 3)],
         _waiting,
         mistakes={
             "every reply for itself": (lambda x, r: 1 - np.mean(x) / np.max(x),
                                        "A rank writes its replies side by side, so it is busy until its own longest ends."),
             "shared like cards": (lambda x, r: _waiting(np.asarray(x).reshape(-1, r).T.ravel(), r),
                                   "This deals the replies out one by one. They are shared in order: the first ranks get the first ones."),
+            "sorted first": (lambda x, r: _waiting(sorted(x), r),
+                             "Sorting puts replies of like length on one rank. That is a good idea, and another question: here they "
+                             "are shared in the order given."),
             "busy, not waiting": (lambda x, r: 1 - _waiting(x, r), "This is the share of steps in which somebody works."),
             "means of ranks": (lambda x, r: 1 - np.asarray(x, float).reshape(r, -1).mean(1).mean() / np.asarray(x, float).reshape(r, -1).mean(1).max(),
                                "A rank writes all of its replies at the same time: what counts is its longest, not the mean or the sum."),
@@ -130,7 +133,7 @@ cache_bytes = Exercise(
 what_lora_saves = quiz(
     "A run of LoRA stops with out of memory in its first backward pass. What helps least?",
     ["A smaller rank of the adapter", "Fewer replies at a time", "Shorter replies", "Running the layers again in the backward pass"],
-    ["Right. Gradients and moments of the adapter are next to nothing already; what filled the memory are activations.",
+    ["Gradients and moments of the adapter are next to nothing already; what filled the memory are activations.",
      "This helps: activations grow with the number of replies.",
      "This helps: activations grow with every token, and those as wide as the vocabulary belong to the tokens of replies.",
      "This helps: checkpointing keeps only the input of each layer."])
