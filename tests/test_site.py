@@ -184,10 +184,13 @@ def test_the_readme_states_the_time_and_the_memory_of_the_stored_run():
 
 def test_the_readme_states_the_stored_speeds():
     "Written by `benchmarks/rlhf.py --json`; the README rounds to a tenth."
-    rows = json.loads((ROOT / "benchmarks" / "results" / "rlhf-small-fp32.json").read_text(encoding="utf-8"))["rows"]
+    files = sorted((ROOT / "benchmarks" / "results").glob("rlhf-*.json"))
+    rows = [row for path in files for row in json.loads(path.read_text(encoding="utf-8"))["rows"]]
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     for row in rows:
-        assert f"| {row['seconds']:.1f} s | {row['trl_seconds']:.1f} s, {row['ratio']:.1f} times as long |" in text, row["setting"]
+        assert f"| {row['seconds']:.1f} s | {row['trl_seconds']:.1f} s, {row['ratio']:.1f} times as long |" in text, (row["size"], row["setting"])
+    floors = [f"{row['floor']:.1f}" for row in sorted(rows, key=lambda row: row["size"] == "base")]
+    assert f"{', '.join(floors[:-1])} and {floors[-1]} s" in " ".join(text.split())
 
 
 @pytest.mark.parametrize("name", [name for name in PAGES if name.endswith(".ipynb")])
