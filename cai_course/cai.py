@@ -715,7 +715,7 @@ def make_manifest(
 
     def model(name):
         folder = model_dir(name) or Path(name).expanduser()
-        return {"name": name, "sha256": fingerprint(folder) if folder.is_dir() else digest(["hub", name])}
+        return {"name": name, "sha256": fingerprint(folder) if (folder / "config.json").is_file() else digest(["hub", name])}
     packages = ("torch", "transformers", "peft", "tokenizers", "numpy")
     return {"format": 1, "config": dataclasses.asdict(config),
             "inputs": {"model": model(config.model), "reward_model": model(config.reward_model),

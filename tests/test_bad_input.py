@@ -204,6 +204,13 @@ def test_a_model_folder_without_a_config(refuse, tmp_path):
     refuse(["--model", str(tmp_path / "hollow")], "has no config.json", "Give the folder that save_pretrained wrote")
 
 
+def test_a_folder_of_anything_else_is_not_read(refuse, tmp_path, monkeypatch):
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "film").write_bytes(b"0" * 100)
+    monkeypatch.setattr("cai_course.cai.fingerprint", lambda path: pytest.fail(f"{path} was read") if "home" in str(path) else "0")
+    refuse(["--model", str(tmp_path / "home")], "home has no config.json", "Give the folder that save_pretrained wrote.")
+
+
 def test_pickled_weights(refuse, model_copy):
     (model_copy / "model.safetensors").rename(model_copy / "pytorch_model.bin")
     refuse(["--model", str(model_copy)], "a pickle that can run code", "Save the model again with a current transformers")
