@@ -242,7 +242,7 @@ def test_lab_opens_on_the_first_page(tmp_path):
         server = subprocess.Popen(
             [MAKE, "--no-print-directory", "lab",
              "ARGS=--no-browser --port=0 --allow-root --ServerApp.ip=127.0.0.1 --IdentityProvider.token=secret"],
-            cwd=ROOT, stdout=log, stderr=log, env=dict(os.environ, JUPYTER_RUNTIME_DIR=str(tmp_path), JUPYTER_CONFIG_DIR=str(tmp_path)),
+            cwd=ROOT, stdout=log, stderr=log, env=dict(os.environ, **{f"JUPYTER_{kind}_DIR": str(tmp_path) for kind in ("RUNTIME", "CONFIG", "DATA")}),
             start_new_session=True)
         try:
             base = None
@@ -266,6 +266,13 @@ def test_lab_opens_on_the_first_page(tmp_path):
             assert "jupyter-config-data" in page
             found = urllib.request.urlopen(f"{server_url}/api/contents/nbs/index.ipynb?content=0&token=secret", timeout=20).read().decode()
             assert '"path": "nbs/index.ipynb"' in found
+            for _ in range(60):  # trusted in the background: only then does JupyterLab show stored pictures
+                page = json.load(urllib.request.urlopen(f"{server_url}/api/contents/nbs/index.ipynb?token=secret", timeout=20))
+                if all(cell["metadata"].get("trusted") for cell in page["content"]["cells"] if cell["cell_type"] == "code"):
+                    break
+                time.sleep(0.5)
+            else:
+                pytest.fail("index.ipynb is not trusted")
         finally:
             os.killpg(server.pid, 15)
             server.wait(timeout=20)
