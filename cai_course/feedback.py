@@ -183,8 +183,9 @@ def mean_agreement(
     votes:pd.DataFrame, # From `rankings_to_votes`, two labelers or more
     **options, # Further arguments of `stats.estimate`
 )->Estimate: # Share of (contest, two labelers) with the same vote; n = prompts
-    "Agreement of two labelers drawn at random, with an interval that resamples prompts (the contests of a prompt "
-    "hang together)."
+    """Agreement of two labelers drawn at random, with an interval that resamples prompts.
+
+    The contests of a prompt hang together."""
     table = vote_table(votes)
     prompts = votes.drop_duplicates("task").set_index("task").prompt
     pairs = [(float(x == y), prompts[t]) for t, row in zip(table.index, table.to_numpy())
@@ -259,8 +260,9 @@ def kendall_w(
 def accuracy_from_agreement(
     agreement:float, # Share of two-way questions on which two labelers agree, in [.5, 1]
 )->float: # Accuracy of one labeler, in [.5, 1]
-    "Accuracy of labelers who err independently and equally often: (1 + sqrt(2a - 1))/2. Raises `CourseError` "
-    "outside [.5, 1]."
+    """Accuracy of labelers who err independently and equally often: (1 + sqrt(2a - 1))/2.
+
+    Raises `CourseError` outside [.5, 1]."""
     if isinstance(agreement, bool) or not isinstance(agreement, (int, float, np.number)) or not .5 <= agreement <= 1:
         raise CourseError(f"agreement is {agreement!r}; it must lie in [0.5, 1]. Below one half, independent and "
                           "equal errors cannot explain it: look for a reversed labeler.")

@@ -72,6 +72,7 @@ def style_axes(
     ax.tick_params(labelsize=8, color=INK, labelcolor=INK, length=3, width=.8)
     ax.set_xlabel(xlabel, fontsize=9, color=INK)
     ax.set_ylabel(ylabel, fontsize=9, color=INK)
+    if xlabel.startswith("step"): ax.xaxis.get_major_locator().set_params(integer=True) # there is no step 2.5
     if title: ax.set_title(title, fontsize=10, color=INK, loc="left")
     return ax
 

@@ -170,8 +170,9 @@ class RewardModel(torch.nn.Module):
     def save(self,
         path, # Folder to write; an old reward model there is replaced
     )->Path: # The folder
-        "Write body, tokenizer and head as an ordinary model folder plus `reward_head.safetensors`; complete or not "
-        "at all."
+        """Write body, tokenizer and head as an ordinary model folder plus `reward_head.safetensors`.
+
+        The folder is complete or not there at all."""
         from safetensors.torch import save_file
         path = Path(path)
         if path.exists() and not (path/"reward_model.json").exists() and (path.is_file() or any(path.iterdir())):
@@ -342,8 +343,9 @@ def pair_correct(
     reward:Callable, # As in `score_pairs`
     pairs, # Preference data; ties (label .5) have no right answer
 )->np.ndarray: # Shape `(N,)`: 1 right, 0 wrong, .5 equal scores, NaN for a pair whose label is .5
-    "Which pairs the reward function puts in the labeled order; feed it to `stats.estimate` with the prompts as "
-    "clusters."
+    """Which pairs the reward function puts in the labeled order.
+
+    Feed it to `stats.estimate` with the prompts as clusters."""
     chosen, rejected = score_pairs(reward, pairs)
     labels = np.array([r["label"] for r in validate_pairs(pairs, identical="keep")])
     right = (1 + np.sign((chosen - rejected).double().numpy()) * np.sign(labels - .5)) / 2
@@ -695,8 +697,9 @@ def expected_calibration_error(
 def bayes_accuracy(
     probabilities, # True P(chosen is better) of each pair, shape `(N,)`
 )->float: # In [.5, 1]
-    "Noise ceiling: the best accuracy that any predictor can expect against one noisy label per pair, mean(max(p, 1 "
-    "- p))."
+    """Noise ceiling: the best accuracy that any predictor can expect against one noisy label per pair.
+
+    It is mean(max(p, 1 - p))."""
     p = _unit_array(probabilities, "probabilities")
     return float(np.maximum(p, 1 - p).mean())
 

@@ -1,4 +1,5 @@
 """What every change must keep: the library is the notebooks' export, notebooks are clean, nothing names the machine it was made on."""
+import ast
 import configparser
 import json
 import re
@@ -201,6 +202,15 @@ def test_links_of_readme_and_index_lead_somewhere():
     for folder, text in ((ROOT, (ROOT / "README.md").read_text(encoding="utf-8")), (ROOT, (ROOT / "CONTRIBUTING.md").read_text()), (ROOT / "nbs", index)):
         for target in re.findall(r"\]\(([^)#\s]+)", text):
             assert re.match(r"https?://", target) or (folder / target).exists(), f"{target} does not exist under {folder.name}"
+
+
+def test_no_docstring_is_cut_in_two():
+    "A second text below the first is no part of it: `help()` would stop in the middle of a sentence."
+    for path in sorted((ROOT / "cai_course").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)) and ast.get_docstring(node):
+                second = node.body[1].value if len(node.body) > 1 and isinstance(node.body[1], ast.Expr) else None
+                assert not (isinstance(second, ast.Constant) and isinstance(second.value, str)), f"{path.name}: {node.name}"
 
 
 def test_light_modules_import_without_torch():
