@@ -282,9 +282,9 @@ MESSAGES = { # what was found: (a wrong call, what to do next)
 
 @pytest.mark.parametrize("found", MESSAGES)
 def test_a_message_names_what_was_found_and_what_to_do(found):
-    wrong, todo = MESSAGES[found]
+    wrong, next_step = MESSAGES[found]
     with pytest.raises(CourseError) as caught: wrong()
-    assert found in str(caught.value) and todo in str(caught.value)
+    assert found in str(caught.value) and next_step in str(caught.value)
 
 
 def test_no_message_is_left_out():
