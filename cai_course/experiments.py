@@ -316,10 +316,14 @@ class Result:
         return dict(name=self.name, claim=self.claim, source=self.source, **numbers, seeds=len(self.rows),
                     verdict=self.verdict, seconds=self.seconds, stale=self.stale)
 
+    def _rounded(self) -> Estimate: # a mean of 1e-17 beside an interval of 1e-3 is 0
+        e = self.estimate
+        return replace(e, value=0.) if abs(e.value) < 1e-6 * (e.high - e.low) < math.inf else e
+
     def _lines(self) -> list: # Pairs (what, text)
         seeds = f"{len(self.rows)} seed" + "s" * (len(self.rows) != 1)
         ends = [abs(x) for x in (self.estimate.value, self.estimate.low, self.estimate.high) if math.isfinite(x)]
-        shown = f"{self.estimate:.3g}" if 0 < max(ends) < .1 else f"{self.estimate}"
+        shown = f"{self._rounded():.3g}" if 0 < max(ends) < .1 else f"{self.estimate}"
         lines = [("claim", self.claim), ("source", self.source), ("predicted", _prediction(self.config)),
                  ("measured", f"{shown} ({self.estimate.level:.0%} interval over {seeds})"), ("verdict", self.verdict)]
         if len(self.rows) > 1 and not math.isfinite(self.estimate.low):

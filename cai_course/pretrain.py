@@ -19,9 +19,10 @@ from .errors import CourseError
 from .judge import comparison_prompt, harmful_prompt
 
 # %% auto #0
-__all__ = ['SPECIAL', 'TASKS', 'DRILLS', 'SHORT', 'LONG_RUN', 'STAGES', 'BERT_CONFIG', 'GOALS', 'make_tokenizer', 'Lesson',
-           'draw_request', 'draw_reply', 'draw_pair', 'critique_lesson', 'shuffled_sentence', 'scrambled_reply',
-           'shuffled_words', 'taught_words', 'copying_lesson', 'matching_lesson', 'style_lesson', 'close_call',
+__all__ = ['SPECIAL', 'TASKS', 'DRILLS', 'SHORT', 'CLOSERS', 'LONG_RUN', 'STAGES', 'BERT_CONFIG', 'GOALS', 'make_tokenizer',
+           'Lesson', 'draw_request', 'draw_reply', 'draw_pair', 'critique_lesson', 'shuffled_sentence',
+           'scrambled_reply', 'shuffled_words', 'slipped', 'taught_words', 'odd_refusal', 'copying_lesson',
+           'near_reply', 'matching_lesson', 'fitting_lesson', 'style_lesson', 'close_call', 'dodge_call',
            'outside_words', 'lesson', 'build_t5', 'build_bert', 'faster_dtype', 'fast_copy', 'pad', 'batches',
            'PretrainConfig', 'vocabulary_texts', 'has_compiler', 'Muon', 'saved_state', 'Trainer', 'plan', 't5_loss',
            'pretrain_t5', 'starting_tokenizer', 'finish', 'bert_texts', 'bert_row', 'pretrain_bert', 'run',
@@ -63,6 +64,7 @@ class Lesson:
     response: str       # the decoder's text
     weight: float = 1.  # of each token of the response; above 2, of its first token alone
     focus: float = 1.   # least weight of the first token of each sentence, and of the end
+    last: float = 1.    # least weight of the last token before the end
 
 TASKS = {"answer": .13, "summarize": .06, "critique": .18, "revise": .18, "direct": .02, "harmful": .05, "judge": .23, "reason": .10, "skill": .05}
 DRILLS = ("match", "copy")   # one step of critique and of revision, alone and short
@@ -88,16 +90,24 @@ def draw_request(rng:random.Random, split:str, harmful:float, seen_only:bool, ki
     text = rng.choice(shared["frames"]).format(vp=world.fill(topic.ask, target, item) + rng.choice(shared["times"]))
     return world.Request(text, topic.group, topic.kind, topic.name, split, (target, item))
 
-def draw_reply(request:world.Request, rng:random.Random, style:str|None = None) -> str: # A reply of a random style
-    "One reply of any style, among them a refusal with a harmful tail."
+CLOSERS = .6   # share of answers that end with a closing phrase such as "Good luck."
+
+def draw_reply(request:world.Request, rng:random.Random, style:str|None = None, closers:float = 0.) -> str: # A reply of a random style
+    """One reply of any style, among them a refusal with a harmful tail.
+
+    In the world only answers close with a phrase such as "Good luck."; `closers` is the share of wrong and of unasked answers that do so, too.
+    """
     style = style or _pick(rng, _STYLES["harmful" if request.group == "harmful" else "benign"])
     if style == "tail": return world.reply(request, "refuse", rng) + " " + world.reply(request, "partial", rng)
-    return world.reply(request, style, rng)
+    text = world.reply(request, style, rng)
+    if closers and style in ("untruthful", "off_topic") and rng.random() < closers: text += " " + rng.choice(world.lexicon()["shared"]["closers"])
+    return text
 
-def draw_pair(request:world.Request, scope:world.Scope, rng:random.Random) -> tuple: # (a, b, gap): gap > 0 says that a is better
-    "Two replies, mostly such that the principle tells them apart."
-    for _ in range(6):
-        a, b = draw_reply(request, rng), draw_reply(request, rng)
+def draw_pair(request:world.Request, scope:world.Scope, rng:random.Random, alike:bool = False, closers:float = 0.) -> tuple: # (a, b, gap): gap > 0 says that a is better
+    "Two replies, mostly such that the principle tells them apart; two that are `alike` have one style, as two samples of one policy often do."
+    for _ in range(1 if alike else 6):
+        style = _pick(rng, _STYLES["harmful" if request.group == "harmful" else "benign"]) if alike else None
+        a, b = draw_reply(request, rng, style, closers), draw_reply(request, rng, style, closers)
         gap = world.fault(world.judge(request.text, b), b, scope) - world.fault(world.judge(request.text, a), a, scope)
         if abs(gap) > .15: break
     return a, b, gap if abs(gap) > .05 else 0.
@@ -130,6 +140,17 @@ def shuffled_words(text:str, rng:random.Random) -> str: # As many words
     rng.shuffle(words)
     return " ".join(words)
 
+def slipped(text:str, rng:random.Random) -> str: # About as many words
+    "A text with one to three slips, each a word dropped, doubled, swapped with the next or replaced: nearly what habit expects, and not quite."
+    words = text.split()
+    for _ in range(rng.randint(1, 3)):
+        at, slip = rng.randrange(len(words)), rng.randrange(5)
+        if slip == 0 and len(words) > 1: del words[at]
+        elif slip == 1: words.insert(at, words[at])
+        elif slip == 2 and at + 1 < len(words): words[at:at + 2] = words[at + 1], words[at]
+        else: words[at] = rng.choice(taught_words())
+    return " ".join(words)
+
 @lru_cache(None)
 def taught_words() -> tuple: # In alphabetical order
     "Every word of the steps and stock sentences that lessons of revision may hold."
@@ -138,15 +159,34 @@ def taught_words() -> tuple: # In alphabetical order
     texts += [one for name in ("openers", "closers", "evasive", "preachy", "rude") for one in shared[name]]
     return tuple(sorted({word for text in texts for word in world.normalize(text).split()}))
 
-def copying_lesson(rng:random.Random, split:str, wild:float = 0.) -> Lesson: # Its task is "copy"
-    "The shortest revision: nothing is wrong, and the reply must stay as it is; `wild` is the share of replies that are different words without a sense."
+def odd_refusal(request:world.Request, rng:random.Random) -> str: # One or two sentences
+    "A refusal whose reason and alternative belong to any topics of harm: said as refusals are, but not to be guessed."
+    topic, target, item = world.understand(request.text)
+    pick = lambda: rng.choice([other for other in world.topics() if other.kind in _TAUGHT])
+    return world.refusal(replace(topic, reasons=pick().reasons, instead=pick().instead), target, item, rng)
+
+def copying_lesson(rng:random.Random, split:str, wild:float = 0., slips:float = 0.) -> Lesson: # Its task is "copy"
+    """The shortest revision: nothing is wrong, and the reply must stay as it is.
+
+    `wild` is the share of replies that are different words without a sense, `slips` the share of near replies: a whole reply with slips, or a refusal for
+    any reason with sermons in any order.
+    """
     shared, found = world.lexicon()["shared"], []
     for _ in range(rng.randint(1, 2)): found.append(shuffled_sentence(draw_request(rng, split, .6, True), rng))
     found += rng.sample(shared["preachy"] + shared["rude"] + shared["openers"] + shared["closers"] + shared["evasive"], rng.randint(0, 2))
     rng.shuffle(found)
     reply = " ".join(found)
-    if wild and rng.random() < wild: reply = " ".join(rng.sample(taught_words(), rng.randint(2, 10)))
+    if slips and rng.random() < slips: reply = near_reply(draw_request(rng, split, .6, True), rng)
+    elif wild and rng.random() < wild: reply = " ".join(rng.sample(taught_words(), rng.randint(2, 10)))
     return Lesson("copy", f"Assistant: {reply}\nCritique: {world.NOTHING_WRONG}\nRevision:", reply, focus=3.)
+
+def near_reply(request:world.Request, rng:random.Random) -> str: # One to four sentences
+    "A reply that habit would get wrong: with slips, or with a reason, an alternative and sermons that are not the usual ones here."
+    if request.group != "harmful" or rng.random() < .5: return slipped(draw_reply(request, rng), rng)
+    shared = world.lexicon()["shared"]
+    found = [odd_refusal(request, rng), *rng.sample(shared["preachy"] + shared["rude"], rng.randint(0, 2))]
+    rng.shuffle(found)
+    return " ".join(found)
 
 def matching_lesson(rng:random.Random, split:str, single:float) -> Lesson: # Its task is "match"
     "The shortest critique: one harmful step, and a principle that asks about its kind of harm or does not."
@@ -155,6 +195,17 @@ def matching_lesson(rng:random.Random, split:str, single:float) -> Lesson: # Its
     reply, scope = step[0].upper() + step[1:] + ".", world.make_scope(frozenset(_some_kinds(request.kind, rng, single)), False, rng)
     said = world.critique(world.judge(request.text, reply), reply, scope)
     return Lesson("match", f"Assistant: {reply}\nCritique request: {scope.critique_request}\nCritique:", said, 8.)
+
+def fitting_lesson(rng:random.Random, split:str) -> Lesson: # Its task is "match"
+    "The shortest question of whether a request is answered: one step of its answer, or of another answer of the same domain."
+    request = draw_request(rng, split, 0., True)
+    topic, target, item = world.understand(request.text)
+    others = [other for other in world.topics() if other.group == "benign" and other.name != topic.name]
+    near = [other for other in others if other.kind == topic.kind] or others
+    steps = (topic if rng.random() < .5 else rng.choice(near)).steps
+    reply, scope = world.steps_sentence(topic, target, item, [rng.choice(steps)], rng), world.make_scope(frozenset({"evasive"}), False, rng)
+    said = world.critique(world.judge(request.text, reply), reply, scope)
+    return Lesson("match", f"Human: {request.text}\nAssistant: {reply}\nCritique request: {scope.critique_request}\nCritique:", said, 8.)
 
 def style_lesson(rng:random.Random, split:str) -> Lesson: # Its task is "match"
     "The shortest critique of style: a sentence or two, and a principle that asks about what they show or does not."
@@ -182,6 +233,12 @@ def close_call(rng:random.Random, split:str, single:float = .25) -> tuple: # (Re
     if terse: faults.append("long")
     return request, world.make_scope(frozenset(faults), terse, rng), _pick(rng, (("comply", .6), ("partial", .2), ("tail", .1), ("rude", .1)))
 
+def dodge_call(rng:random.Random, split:str) -> tuple: # (Request, Scope, style of the reply)
+    "A benign request and a principle that asks about dodging; half of the replies answer, wholly or in part, and half do not."
+    faults = {"evasive", *(name for name in ("rude", "preachy") if rng.random() < .2), *rng.sample(_TAUGHT, rng.choice([0, 0, 1, 2]))}
+    style = _pick(rng, (("helpful", .35), ("partial", .15), ("untruthful", .2), ("off_topic", .2), ("evasive", .1)))
+    return draw_request(rng, split, 0., True), world.make_scope(frozenset(faults), False, rng), style
+
 def outside_words(request:world.Request, rng:random.Random) -> str: # The text of a request
     "The request as somebody may ask it who does not know the world: for nobody in particular, or about a thing without a name there."
     target, item = request.slots
@@ -191,14 +248,19 @@ def outside_words(request:world.Request, rng:random.Random) -> str: # The text o
     return text
 
 def lesson(rng:random.Random, split:str = "train", tasks:dict = TASKS, plain:float = 0., copies:float = 0., aimed:float = 0.,
-           outside:float = 0., close:float = 0., single:float = .3, wild:float = 0., style:float = 0.) -> Lesson: # One lesson
+           outside:float = 0., close:float = 0., single:float = .3, wild:float = 0., style:float = 0., slips:float = 0., alike:float = 0.,
+           examples:float = .04, label:float = 1., dodges:float = 0., fits:float = 0., closers:float = 0.) -> Lesson: # One lesson
     """Draw one lesson.
 
     `plain` is the share of comparisons between a harmful and a harmless reply under a broad principle, `copies` the share of revisions that leave a
     scrambled reply as it is, `aimed` the share of requests and replies that are drawn to show what the principle asks about, `outside` the share of
     requests to be told harmful or not that leave the world's words, `close` the share of critiques and revisions that are close calls (half of it
     among comparisons), `single` the share of these and of matching drills whose principle names one kind of harm, `wild` the share of copying drills
-    that are words without a sense and of scrambled replies whose words are shuffled, `style` the share of matching drills that are about style.
+    that are words without a sense and of scrambled replies whose words are shuffled, `style` the share of matching drills that are about style,
+    `slips` the share of copying drills and of copied revisions that are near replies (`near_reply`), `alike` the share of comparisons of two replies of
+    one style, `examples` the share of critiques and revisions with a worked example before them, `label` the weight of the answer after reasoning,
+    `dodges` the share of critiques and revisions about a benign request and a principle that asks whether the reply dodges, `fits` the share of matching
+    drills about that, `closers` the share of wrong and of unasked answers that close as answers do (`draw_reply`).
     """
     task = _pick(rng, tuple(tasks.items()))
     if task == "answer":
@@ -214,44 +276,48 @@ def lesson(rng:random.Random, split:str = "train", tasks:dict = TASKS, plain:flo
         request = draw_request(rng, split, .5, True)
         text = outside_words(request, rng) if outside and rng.random() < outside else request.text
         return Lesson(task, harmful_prompt(text), "yes" if request.group == "harmful" else "no", 4.)
+    if task == "match" and fits and rng.random() < fits: return fitting_lesson(rng, split)
     if task == "match": return style_lesson(rng, split) if style and rng.random() < style else matching_lesson(rng, split, single)
-    if task == "copy": return copying_lesson(rng, split, wild)
+    if task == "copy": return copying_lesson(rng, split, wild, slips)
     request, scope = draw_request(rng, split, .68, True), world.sample_scope(rng)
     kinds, styles = ([name for name in names if name in scope.faults] for names in (_TAUGHT, _SHOWS))
     if aimed and kinds and request.group == "harmful" and rng.random() < aimed: request = draw_request(rng, split, 1., True, kinds)
     shown = rng.choice(_SHOWS[rng.choice(styles)]) if aimed and styles and rng.random() < aimed else None
     if close and task != "direct" and rng.random() < (close if task in ("critique", "revise") else close / 2):
         request, scope, shown = close_call(rng, split, single)
+    elif dodges and task in ("critique", "revise") and rng.random() < dodges: request, scope, shown = dodge_call(rng, split)
     if task in ("judge", "reason"):
         if plain and rng.random() < plain:
             request, scope = draw_request(rng, split, 1., True), world.make_scope(frozenset(world.HARM_KINDS), False, rng, broad=True)
             a, b = draw_reply(request, rng, "comply"), draw_reply(request, rng, rng.choice(["refuse", "refuse", "evasive", "off_topic"]))
             gap = -1.
             if rng.random() < .5: a, b, gap = b, a, 1.
-        else: a, b, gap = draw_pair(request, scope, rng)
-        label = "(A)" if gap > 0 or gap == 0 and rng.random() < .5 else "(B)"
-        if task == "judge": return Lesson(task, comparison_prompt(request.text, a, b, scope.comparison_question), label, 10.)
+        else: a, b, gap = draw_pair(request, scope, rng, bool(alike) and rng.random() < alike, closers)
+        better = "(A)" if gap > 0 or gap == 0 and rng.random() < .5 else "(B)"
+        if task == "judge": return Lesson(task, comparison_prompt(request.text, a, b, scope.comparison_question), better, 10.)
         thoughts = [f"({name}) {world.describe(world.judge(request.text, text), text, scope)}." for name, text in (("A", a), ("B", b))]
-        return Lesson(task, comparison_prompt(request.text, a, b, scope.comparison_question, chain_of_thought=True), f"{' '.join(thoughts)} Answer: {label}", 1.5)
+        return Lesson(task, comparison_prompt(request.text, a, b, scope.comparison_question, chain_of_thought=True), f"{' '.join(thoughts)} Answer: {better}", 1.5,
+                      last=label)
     if task == "revise" and copies and rng.random() < copies:
-        reply = scrambled_reply(request, rng, split)
+        odd = bool(slips) and rng.random() < slips
+        reply = near_reply(request, rng) if odd else scrambled_reply(request, rng, split)
         said = world.critique(world.judge(request.text, reply), reply, scope)
         if said == world.NOTHING_WRONG:
-            if wild and rng.random() < wild: reply = shuffled_words(reply, rng)
+            if wild and not odd and rng.random() < wild: reply = shuffled_words(reply, rng)
             ask = revision_prompt(request.text, reply, scope.critique_request, said, scope.revision_request)
-            return Lesson(task, ask, reply, focus=3. if aimed else 1.)
-    texts = critique_lesson(request, draw_reply(request, rng, shown), scope, rng)
+            return Lesson(task, ask, reply, focus=3. if aimed or slips else 1.)
+    texts = critique_lesson(request, draw_reply(request, rng, shown, closers), scope, rng)
     ask, response = {"critique": texts[:2], "revise": texts[2:]}.get(task) or (None, texts[3])
     if task == "direct":
-        reply = draw_reply(request, rng)
+        reply = draw_reply(request, rng, closers=closers)
         return Lesson(task, direct_revision_prompt(request.text, reply, scope.revision_request),
                       world.revise(request.text, reply, world.judge(request.text, reply), scope, rng))
-    if rng.random() < .04:   # one worked example first, as in few-shot prompting
+    if rng.random() < examples:   # one worked example first, as in few-shot prompting
         other = draw_request(rng, split, .68, True)
         example = critique_lesson(other, draw_reply(other, rng), world.sample_scope(rng), rng)
         ask = (f"{example[0]} {example[1]}\n\n" if task == "critique" else f"{example[2]} {example[3]}\n\n") + ask
     # the first word of a critique says whether anything is wrong, the first word of a sentence which one is copied
-    return Lesson(task, ask, response, 3. if task == "critique" else 1., focus=3. if aimed else 1.)
+    return Lesson(task, ask, response, 3. if task == "critique" else 1., focus=3. if aimed or slips else 1.)
 
 # %% ../nbs/tools/pretrain.ipynb #bcf6d2e9
 def build_t5(tokenizer) -> T5ForConditionalGeneration: # Random weights, head not tied to the embeddings
@@ -312,25 +378,24 @@ def batches(sizes:list, budget:int, rng:random.Random, jitter:float = 0.) -> lis
 @dataclass(frozen=True)
 class PretrainConfig:
     "What makes a pocket model; the shipped ones use the defaults."
-    pools: int = 106         # pools of lessons, at least 1
+    pools: int = 158         # pools of lessons, at least 1
+    parts: tuple = (74, 32, 20, 18, 14)  # how these are shared out among the parts of the training; each later part starts with fresh optimizers
     pool_size: int = 4_096   # lessons in a pool
     budget: int = 4_000      # padded tokens in a batch of long lessons
-    lr: float = 2.5e-3       # peak learning rate
-    warmup: int = 200        # steps of linear warm-up
+    lrs: tuple = (2.5e-3, 1.5e-3, 1.5e-3, 1e-3, 1e-3)  # peak learning rate of each part; in a later part it falls to zero over the second half
+    warmup: int = 200        # steps of linear warm-up; a quarter of them in a later part
     fall: float = .5         # share of the learning rate that is lost in a line over the steps of the first part
     cooldown: float = .36    # last share of the first part, in which what is left of the rate falls to zero
-    polish: float = .302     # share of the pools that make up the second part, which starts with fresh optimizers
-    polish_lr: float = 1.5e-3  # its learning rate, after `warmup / 4` steps and until it falls to zero over its second half
     muon: bool = True        # move the matrices inside the stacks with Muon, and only the rest with AdamW
     seed: int = 0            # seed of the weights and lessons
     save_every: int = 4      # pools between two saved states
 
     @property
-    def first(self) -> int: # Pools of the first part
-        return max(1, round(self.pools * (1 - self.polish)))
+    def ends(self) -> list: # The number of pools at the end of each part
+        return [max(1, round(self.pools * sum(self.parts[:i + 1]) / sum(self.parts))) for i in range(len(self.parts))]
 
-    def done(self, pools:float) -> float: # 0 to 1 over the first part, 1 to 2 over the second
-        return pools / self.first if pools < self.first or self.pools == self.first else 1 + (pools - self.first) / (self.pools - self.first)
+    def done(self, pools:float) -> float: # 0 to 1 over the first part, 1 to 2 over the second, and so on
+        return float(np.interp(pools, [0, *self.ends], range(len(self.parts) + 1)))
 
 def vocabulary_texts(n:int = 60_000, seed:int = 0) -> list: # Sentences that hold every word of the world
     "Texts for the tokenizer: lessons of the training split and every phrase of the word lists."
@@ -404,9 +469,9 @@ class Trainer:
         self.compiled = config.pools * config.pool_size > LONG_RUN and has_compiler()
         if self.compiled: self.fast.compile(dynamic=True)
         inside = [(config.muon and p.dim() == 2 and ".block." in name and "relative" not in name, p) for name, p in model.named_parameters()]
-        self.optimizers = [torch.optim.AdamW([p for matrix, p in inside if not matrix], lr=config.lr, betas=(.9, .98), weight_decay=.01, fused=True)]
-        if any(matrix for matrix, _ in inside): self.optimizers.append(Muon([p for matrix, p in inside if matrix], config.lr))
-        self.step = self.pool = self.began = 0   # `began`: the step at which the second part began
+        self.optimizers = [torch.optim.AdamW([p for matrix, p in inside if not matrix], lr=config.lrs[0], betas=(.9, .98), weight_decay=.01, fused=True)]
+        if any(matrix for matrix, _ in inside): self.optimizers.append(Muon([p for matrix, p in inside if matrix], config.lrs[0]))
+        self.step = self.pool = self.began = 0   # `began`: the step at which the latest part began
         self.rows, self.seconds = [], 0.
         self.sync()
 
@@ -434,12 +499,12 @@ class Trainer:
 
     def rate(self) -> float: # Learning rate of the next step
         config = self.config
-        if self.done >= 1: return config.polish_lr * min(1., (self.step - self.began + 1) / max(1, config.warmup // 4), (2 - self.done) / .5)
-        factor = 1 - config.fall * min(1., self.step / max(1, config.first * self.steps_per_pool))
+        if self.done >= 1: return config.lrs[int(self.done)] * min(1., (self.step - self.began + 1) / max(1, config.warmup // 4), (1 - self.done % 1) / .5)
+        factor = 1 - config.fall * min(1., self.step / max(1, config.ends[0] * self.steps_per_pool))
         if config.cooldown: factor *= min(1., (1 - self.done) / config.cooldown)
-        return config.lr * min(1., (self.step + 1) / config.warmup) * factor
+        return config.lrs[0] * min(1., (self.step + 1) / config.warmup) * factor
 
-    def start_second_part(self):
+    def start_part(self):
         "Forget the optimizers' averages: they belong to a learning rate that has fallen to zero."
         for optimizer in self.optimizers: optimizer.state.clear()
         self.began = self.step
@@ -464,7 +529,7 @@ class Trainer:
         from safetensors.torch import load_file
         folder, meta = self.out / "state", saved_state(self.out)
         if not meta: return False
-        mine, old = asdict(self.config), meta.get("config") or {}   # states of older versions do not say
+        mine, old = json.loads(json.dumps(asdict(self.config))), meta.get("config") or {}   # states of older versions do not say
         other = [f"{name}: {old[name]} there, {mine[name]} now" for name in mine
                  if name != "save_every" and old.get(name, mine[name]) != mine[name]]
         if other:
@@ -507,13 +572,34 @@ STAGES = (   # (fraction of the training at which the stage ends, shares of task
     (1.751, {"critique": .22, "revise": .20, "judge": .24, "reason": .13, "answer": .10, "match": .03, "copy": .03, "summarize": .02, "harmful": .01,
             "skill": .01, "direct": .01}, dict(copies=.45, close=.4, single=.3, wild=.3, style=.5, aimed=.1, outside=.5)),
     (2., {"critique": .22, "revise": .21, "judge": .25, "reason": .13, "answer": .11, "match": .01, "copy": .02, "summarize": .02, "harmful": .01,
-          "skill": .01, "direct": .01}, dict(copies=.35, close=.2, single=.3, wild=.15, style=.5, outside=.5)))
+          "skill": .01, "direct": .01}, dict(copies=.35, close=.2, single=.3, wild=.15, style=.5, outside=.5)),
+    # the third part
+    (2.251, {"copy": .30, "match": .06, "critique": .13, "revise": .18, "judge": .12, "reason": .08, "answer": .06, "harmful": .03, "summarize": .01,
+            "skill": .02, "direct": .01}, dict(copies=.7, close=.3, single=.3, wild=.2, style=.5, outside=.3, slips=.7, alike=.15, examples=.08, label=6.)),
+    (2.601, {"critique": .20, "revise": .19, "judge": .24, "reason": .15, "answer": .10, "match": .01, "copy": .04, "summarize": .02, "harmful": .03,
+            "skill": .01, "direct": .01}, dict(copies=.45, close=.25, single=.3, wild=.2, style=.5, outside=.3, slips=.6, alike=.15, examples=.06, label=6.)),
+    (3., {"critique": .21, "revise": .18, "judge": .25, "reason": .15, "answer": .11, "match": .01, "copy": .02, "summarize": .02, "harmful": .03,
+          "skill": .01, "direct": .01}, dict(copies=.35, close=.2, single=.3, wild=.15, style=.5, outside=.3, slips=.5, alike=.1, examples=.06, label=6.)),
+    # the fourth part
+    (3.389, {"match": .40, "critique": .15, "revise": .13, "judge": .12, "reason": .07, "answer": .06, "copy": .02, "summarize": .01, "harmful": .02,
+            "skill": .01, "direct": .01}, dict(copies=.4, close=.2, single=.3, wild=.1, style=.5, outside=.3, slips=.6, alike=.1, examples=.05, label=6.,
+            dodges=.4, fits=.75, closers=CLOSERS)),
+    (4., {"critique": .25, "revise": .25, "judge": .20, "reason": .12, "answer": .09, "match": .02, "copy": .02, "summarize": .01, "harmful": .02,
+          "skill": .01, "direct": .01}, dict(copies=.4, close=.2, single=.3, wild=.1, style=.5, outside=.3, slips=.6, alike=.1, examples=.05, label=6.,
+          dodges=.25, fits=.5, closers=CLOSERS)),
+    # the fifth part
+    (4.501, {"match": .30, "critique": .19, "revise": .16, "judge": .14, "reason": .09, "answer": .06, "copy": .02, "summarize": .01, "harmful": .01,
+            "skill": .01, "direct": .01}, dict(copies=.4, close=.2, single=.3, wild=.1, style=.5, outside=.3, slips=.6, alike=.1, examples=.05, label=6.,
+            dodges=.4, fits=.75, closers=CLOSERS)),
+    (5., {"critique": .24, "revise": .23, "judge": .21, "reason": .15, "answer": .08, "match": .03, "copy": .02, "summarize": .01, "harmful": .01,
+          "skill": .01, "direct": .01}, dict(copies=.4, close=.2, single=.3, wild=.1, style=.5, outside=.3, slips=.6, alike=.1, examples=.05, label=6.,
+          dodges=.25, fits=.75, closers=CLOSERS)))
 
 def plan(done:float) -> dict: # Keywords of `lesson` when as much is done; counted as `PretrainConfig.done` does
     """Words first, then drills, then everything, and at last much as it will be asked; comparing begins with clear cases.
 
     Requests in words from outside come last: a model that has seen nothing but the world is sure of nonsense about everything else.
-    The second part repeats this in short: drills for what the first part has left to habit, then everything.
+    Each later part repeats this in short: drills for what the parts before have left to habit, then everything.
     """
     tasks, rest = next((tasks, rest) for end, tasks, rest in STAGES if done < end)
     return {"plain": float(np.interp(done, (.31, .53), (.8, .1)))} | rest | {"tasks": tasks}
@@ -532,6 +618,8 @@ def t5_loss(model, tokenizer, lessons:list) -> tuple: # (weighted sum of losses,
     ends = torch.tensor(tokenizer.convert_tokens_to_ids([".", "?", "!"]))
     starts = torch.isin(start, ends) | (first == 1)                    # (B, T): the first token of a sentence, or the end after one
     weight = torch.where(starts, torch.maximum(weight, mask * torch.tensor([one.focus for one in lessons])[:, None]), weight)
+    last = (mask.sum(1).long() - 2).clamp(min=0)[:, None]             # (B, 1): the last token before the end
+    weight = weight.scatter_reduce(1, last, torch.tensor([[one.last] for one in lessons]), "amax")
     sums = {}
     for one, total, count in zip(lessons, (nll * mask).sum(1).tolist(), mask.sum(1).tolist()):
         a, b = sums.get(one.task, (0., 0.)); sums[one.task] = (a + total, b + count)
@@ -547,7 +635,7 @@ def pretrain_t5(out:Path, config:PretrainConfig = PretrainConfig(), resume:bool 
     bar = tqdm(total=config.pools, initial=trainer.pool, desc="pocket-t5", unit="pool", disable=not progress, smoothing=.1)
     while trainer.pool < config.pools:
         began, rng = time.time(), random.Random(f"lessons-{config.seed}-{trainer.pool}")
-        if trainer.pool == config.first: trainer.start_second_part()
+        if trainer.pool in config.ends: trainer.start_part()
         lessons = [lesson(rng, **plan(config.done(trainer.pool))) for _ in range(config.pool_size)]
         # every step sees a batch of long lessons and some of every short task: sorted by length alone, a rare short task
         # would come in one batch of its own, be learned there and be forgotten in the hundred batches after it
@@ -604,7 +692,7 @@ def bert_row(tokenizer, first:str, second:str) -> tuple: # (token ids, segment i
     a, b = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in (first, second))
     return [3] + a + [4] + b + [4], [0] * (len(a) + 2) + [1] * (len(b) + 1)
 
-BERT_CONFIG = PretrainConfig(pools=40, lr=2e-3, warmup=300, fall=.95, cooldown=0., polish=0., muon=False)
+BERT_CONFIG = PretrainConfig(pools=40, lrs=(2e-3,), warmup=300, fall=.95, cooldown=0., parts=(1,), muon=False)
 
 def pretrain_bert(out:Path, config:PretrainConfig = BERT_CONFIG, resume:bool = True, progress:bool = True) -> list: # Rows of the log
     """Train pocket-bert by filling in masked words: 30 % are chosen, and of them 80 % masked, 10 % replaced at random, 10 % kept.
@@ -701,7 +789,7 @@ def skill_cases(policy, seed:int, n:int, unseen:bool = False) -> dict: # {skill:
 
 def _drill_cases(policy, n, rng) -> dict:
     ask = lambda prompts: policy.generate(prompts, max_new_tokens=128, temperature=0., progress=False)
-    calls, copies = [], []
+    calls, copies, dodges = [], [], []
     while len(calls) < n:
         request, scope, style = close_call(rng, "heldout")
         calls.append(critique_lesson(request, draw_reply(request, rng, style), scope, rng)[:2])
@@ -710,8 +798,13 @@ def _drill_cases(policy, n, rng) -> dict:
         reply = scrambled_reply(request, rng, "heldout")
         if world.critique(world.judge(request.text, reply), reply, scope) == world.NOTHING_WRONG:
             copies.append((revision_prompt(request.text, reply, scope.critique_request, world.NOTHING_WRONG, scope.revision_request), reply))
-    return {name: [float(said.strip() == right) for said, (_, right) in zip(ask([prompt for prompt, _ in cases]), cases)]
-            for name, cases in (("critique, close calls", calls), ("copies anything", copies))}
+    while len(dodges) < n:
+        request, scope, style = dodge_call(rng, "heldout")
+        dodges.append(critique_lesson(request, draw_reply(request, rng, style, CLOSERS), scope, rng)[:2])
+    found = {name: [float(said.strip() == right) for said, (_, right) in zip(ask([prompt for prompt, _ in cases]), cases)]
+             for name, cases in (("critique, close calls", calls), ("copies anything", copies))}
+    wrong = "The reply dodges"
+    return found | {"critique, answers or dodges": [float((wrong in said) == (wrong in right)) for said, (_, right) in zip(ask([prompt for prompt, _ in dodges]), dodges)]}
 
 def _revision_cases(policy, asked, rng, unseen) -> dict:
     scopes = [world.make_scope(frozenset(world.HARM_KINDS), False, rng, broad=True) if unseen else world.sample_scope(rng) for _ in asked]

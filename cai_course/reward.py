@@ -222,13 +222,13 @@ class RewardModel(torch.nn.Module):
 # %% ../nbs/06_reward_models.ipynb #8b0bc62e
 def _open_encoder(name):
     from transformers import AutoConfig, AutoModel, AutoTokenizer
-    from cai_course.models import _find_model, _hub_answers
+    from cai_course.models import find_model, hub_answers
     if not isinstance(name, (str, os.PathLike)):
         raise CourseError(f"the model name is {name!r}; it must be a string or a path. Try \"pocket-bert\".")
-    where = _find_model(str(name))
+    where = find_model(str(name))
     folder = Path(where) if Path(where).is_dir() else None
     try:
-        options = dict(trust_remote_code=False, local_files_only=folder is None and not _hub_answers())
+        options = dict(trust_remote_code=False, local_files_only=folder is None and not hub_answers())
         config = AutoConfig.from_pretrained(where, **options)
         if getattr(config, "is_encoder_decoder", False) or not getattr(config, "hidden_size", None):
             raise CourseError(f"{name} is a {config.model_type} model; a reward model needs an encoder such as BERT. "

@@ -134,7 +134,10 @@ def careless(
     """Inside, the policy scores with dropout on, as a model does that was left in training mode.
 
     For demonstrations: everything in `Policy` otherwise switches dropout off, whatever a caller did to the model.
+    Raises `CourseError` for a share outside [0, 1).
     """
+    if not 0 <= dropout < 1:
+        raise CourseError(f"dropout is {dropout}; a share from 0 to below 1 is needed. Use dropout=0.1.")
     model, before = policy.model, {}
     for module in model.modules():
         name = "p" if isinstance(module, torch.nn.Dropout) else "dropout"
@@ -173,10 +176,18 @@ def start_gap(
     return kl, (now - samples.logprobs).abs().mul(mask).max().item()
 
 # %% ../nbs/07_rlhf.ipynb #9bba8e43
+def _check_price(**parts): # name=(value, whether it is in range, the range in words)
+    for name, (value, fine, need) in parts.items():
+        if not (fine and math.isfinite(value)):
+            raise CourseError(f"{name} is {value}; a finite number, {need}, is needed. Change {name}.")
+
+
 @dataclass
 class FixedKL:
-    "A price of drift that stays as it is."
+    "A price of drift that stays as it is. Raises `CourseError` for a negative one."
     beta:float # Reward per nat, >= 0
+
+    def __post_init__(self): _check_price(beta=(self.beta, self.beta >= 0, "0 or more"))
 
     def update(self, kl:float, n:int)->float: # The price from now on
         "Nothing changes."
@@ -187,11 +198,15 @@ class FixedKL:
 class AdaptiveKL:
     """A price of drift that rises while the policy is too far away and falls while it is too close.
 
+    Raises `CourseError` for numbers that are not above 0, and for a divergence that is not finite.
     Source: Ziegler et al. (2019), section 2.2; numbers as in Huang et al. (2023).
     """
     beta:float # Where to begin, reward per nat, > 0
     target:float=6. # Wanted divergence of a whole reply, nats, > 0
     horizon:float=10_000. # Replies within which the price can change by a factor of about 1.2, > 0
+
+    def __post_init__(self):
+        _check_price(**{name: (value, value > 0, "above 0") for name, value in vars(self).items()})
 
     def update(
         self,
@@ -199,6 +214,7 @@ class AdaptiveKL:
         n:int, # Replies that it was measured on
     )->float: # The price from now on
         "Move the price one notch toward the target."
+        _check_price(kl=(kl, True, "in nats"), n=(n, n > 0, "above 0"))
         error = min(.2, max(-.2, kl / self.target - 1))
         self.beta *= 1 + error * n / self.horizon
         return self.beta

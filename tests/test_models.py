@@ -386,6 +386,13 @@ def test_score_options_reads_the_first_token_that_differs(folder, kind):
                                rtol=0)
 
 
+def test_score_options_refuses_options_of_the_same_tokens(folder, monkeypatch):
+    policy = load_policy(folder("t5"))
+    monkeypatch.setattr(policy, "_tokens", lambda texts: [[5, 6] for _ in texts])   # as a tokenizer that drops spaces says of "yes" and "yes "
+    with pytest.raises(CourseError, match=r"\['yes', 'yes '\] are the same tokens .* Use labels that differ"):
+        policy.score_options(PROMPTS, ["yes", "yes "])
+
+
 @pytest.mark.parametrize("kind", ["t5", "t5_tied", "gpt2", "qwen2"])
 def test_sft_learns_to_write_the_responses(folder, kind):
     policy = load_policy(folder(kind)).start_adapter(r=16)

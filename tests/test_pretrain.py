@@ -65,7 +65,7 @@ def test_the_learning_rate_warms_up_falls_and_cools_down_to_nothing(tmp_path, mo
         rates.append(rate)
         return norm
     monkeypatch.setattr(pretrain.Trainer, "learn", watched)
-    pretrain.pretrain_t5(tmp_path, replace(SMALL, pools=4, cooldown=.5, polish=0.), progress=False)
+    pretrain.pretrain_t5(tmp_path, replace(SMALL, pools=4, cooldown=.5, parts=(1,)), progress=False)
     half = len(rates) // 2
     assert rates[0] < max(rates) and rates.index(max(rates)) < half
     assert rates[half:] == sorted(rates[half:], reverse=True) and rates[-1] < .3 * rates[half]
@@ -169,6 +169,84 @@ def test_wild_copies_are_different_taught_words_and_shuffled_words_are_the_same_
         assert mixed != plain.response or len(plain.response.split()) < 4
 
 
+def test_near_replies_are_nearly_what_is_said_and_are_asked_for_as_they_stand():
+    rng, changed, odd = random.Random(0), 0, 0
+    for _ in range(300):
+        request = pretrain.draw_request(rng, "train", .6, True)
+        said = pretrain.draw_reply(request, rng)
+        text = pretrain.slipped(said, rng)
+        assert abs(len(text.split()) - len(said.split())) <= 3 and text
+        assert {*text.split()} <= {*said.split(), *pretrain.taught_words()}
+        changed += text != said
+        if request.group == "harmful":
+            own = world.understand(request.text)[0]
+            odd += not any(world.to_you(world.fill(offer, request.slots[0])) in pretrain.odd_refusal(request, rng) for offer in own.instead)
+        one = pretrain.copying_lesson(rng, "train", slips=1.)
+        assert one.prompt == f"Assistant: {one.response}\nCritique: {world.NOTHING_WRONG}\nRevision:"
+    assert changed > 280 and odd > 100
+    assert pretrain.slipped("No.", random.Random(1))
+
+
+def test_dodge_calls_ask_whether_a_benign_request_is_answered():
+    rng, right = random.Random(0), []
+    for _ in range(400):
+        request, scope, style = pretrain.dodge_call(rng, "train")
+        reply = pretrain.draw_reply(request, rng, style)
+        said = world.critique(world.judge(request.text, reply), reply, scope)
+        assert request.group != "harmful" and "evasive" in scope.faults
+        assert ("dodges" in said) == (style not in ("helpful", "partial")), (style, reply, said)
+        right.append("dodges" in said)
+    assert 150 < sum(right) < 250
+    assert len(pretrain.PretrainConfig().lrs) == len(pretrain.PretrainConfig().parts)
+
+
+def test_drills_of_fitting_ask_whether_a_step_belongs_to_the_request():
+    rng, dodges = random.Random(0), 0
+    for _ in range(400):
+        one = pretrain.fitting_lesson(rng, "train")
+        asked, reply = (line.split(": ", 1)[1] for line in one.prompt.split("\n")[:2])
+        topic = world.understand(asked)[0]
+        own = any(world.normalize(step) in world.normalize(reply) for step in topic.steps)
+        assert topic.group != "harmful" and one.response == (world.NOTHING_WRONG if own else "The reply dodges without a reason.")
+        dodges += not own
+    assert 140 < dodges < 260
+
+
+def test_a_closing_phrase_does_not_tell_whether_a_request_is_answered():
+    rng, closers = random.Random(0), tuple(world.lexicon()["shared"]["closers"])
+    share = {}
+    for style in ("helpful", "untruthful", "off_topic"):
+        texts = [pretrain.draw_reply(pretrain.draw_request(rng, "train", 0., True), rng, style, pretrain.CLOSERS) for _ in range(600)]
+        share[style] = sum(text.endswith(closers) for text in texts) / 600
+    assert all(abs(value - pretrain.CLOSERS) < .1 for value in share.values()), share   # five standard errors
+    bare = [pretrain.draw_reply(pretrain.draw_request(rng, "train", 0., True), rng, "untruthful") for _ in range(50)]
+    assert not any(text.endswith(closers) for text in bare)
+
+
+def test_pairs_that_are_alike_have_one_style_and_the_answer_after_reasoning_has_a_weight():
+    rng, gaps = random.Random(0), {True: [], False: []}
+    for alike in gaps:
+        for _ in range(300):
+            request, scope = pretrain.draw_request(rng, "train", .68, True), world.sample_scope(rng)
+            a, b, gap = pretrain.draw_pair(request, scope, rng, alike)
+            gaps[alike].append(abs(gap))
+    assert sum(gaps[True]) < .5 * sum(gaps[False])
+    one = pretrain.lesson(rng, tasks={"reason": 1.}, label=6.)
+    assert one.last == 6 and one.response.endswith(("(A)", "(B)"))
+
+
+def test_the_weight_of_a_last_token_reaches_its_loss_alone():
+    tokenizer = pretrain.make_tokenizer(["Which? (A) is rude. Answer: (B)"])
+    torch.manual_seed(0)
+    model, texts = pretrain.build_t5(tokenizer), ("Which?", "(A) is rude. Answer: (B)")
+    with torch.no_grad():
+        (plain, one, _), (heavy, more, _) = (pretrain.t5_loss(model, tokenizer, [pretrain.Lesson("reason", *texts, last=last)]) for last in (1., 6.))
+        y = tokenizer(texts[1], add_special_tokens=False)["input_ids"]
+        logits = model(input_ids=torch.tensor([tokenizer(texts[0], add_special_tokens=False)["input_ids"] + [1]]), decoder_input_ids=torch.tensor([[0, *y[:-1]]])).logits
+    last = -logits[0, -1].log_softmax(-1)[y[-1]]
+    assert more - one == 5 and torch.isclose(heavy - plain, 5 * last, atol=1e-4)
+
+
 def test_drills_of_style_say_what_the_sentences_show():
     rng, shared, clean = random.Random(0), world.lexicon()["shared"], 0
     for _ in range(600):
@@ -195,28 +273,31 @@ def test_shuffled_sentences_hold_steps_in_an_order_that_no_reply_has():
 
 def test_all_but_the_last_drills_teach_every_task_and_the_plan_reads_from_begin_to_end():
     ends = [end for end, *_ in pretrain.STAGES]
-    assert ends == sorted(ends) and 1 in ends and ends[-1] == 2   # the first part ends at 1, the second at 2
+    parts = len(pretrain.PretrainConfig().parts)
+    assert ends == sorted(ends) and {1, 2, 3, 4} <= {*ends} and ends[-1] == parts == 5   # a part ends at each whole number
     for done in (1.05, 1.2): assert sum(pretrain.plan(done)["tasks"][drill] for drill in pretrain.DRILLS) > .7
-    for done in (0., .1, .3, .7, .999, 1.6, 1.999):
+    for done in (0., .1, .3, .7, .999, 1.6, 1.999, 2., 2.4, 2.999, 3., 3.999, 4., 4.999):
         keywords = pretrain.plan(done)
         assert set(keywords["tasks"]) == {*pretrain.TASKS, *pretrain.DRILLS} and .98 < sum(keywords["tasks"].values()) < 1.02   # shares are weights; near 1 they can be read
         assert isinstance(pretrain.lesson(random.Random(1), **keywords), pretrain.Lesson)
     assert pretrain.plan(.3)["plain"] > pretrain.plan(.6)["plain"]
 
 
-def test_the_second_part_starts_again_with_a_warm_up_and_ends_at_zero(tmp_path):
-    config = pretrain.PretrainConfig(pools=10, polish=.4, warmup=40)
-    assert config.first == 6 and [config.done(pools) for pools in (0, 3, 6, 8, 10)] == [0, .5, 1, 1.5, 2]
-    assert pretrain.PretrainConfig(pools=10, polish=0.).done(10) == 1
+def test_later_parts_start_again_with_a_warm_up_and_end_at_zero(tmp_path):
+    config = pretrain.PretrainConfig(pools=15, parts=(6, 4, 5), lrs=(3., 2., 1.), warmup=40)
+    assert config.ends == [6, 10, 15] and [config.done(pools) for pools in (0, 3, 6, 8, 10, 12.5, 15)] == [0, .5, 1, 1.5, 2, 2.5, 3]
+    assert pretrain.PretrainConfig(pools=10, parts=(1,)).done(10) == 1 and replace(config, pools=2).ends[-1] == 2
     trainer = pretrain.Trainer(torch.nn.Linear(3, 3), tmp_path, config)
     trainer.steps_per_pool, rates = 10, []
-    for step in range(100):
+    for step in range(150):
         trainer.step, trainer.done = step, config.done(step / 10)
-        if step == 60: trainer.start_second_part()
+        if step in (60, 100): trainer.start_part()
         rates.append(trainer.rate())
-    assert max(rates[:60]) < config.lr and rates[59] < .1 * config.lr          # cooled down
-    assert rates[60] == config.polish_lr / 10 and rates[69] == config.polish_lr   # warm again, within ten steps
-    assert rates[99] < .06 * config.polish_lr and rates[80:] == sorted(rates[80:], reverse=True)
+    assert max(rates[:60]) < 3 and rates[59] < .1 * 3         # cooled down
+    for began, end, lr in ((60, 100, 2.), (100, 150, 1.)):
+        half = (began + end) // 2
+        assert rates[began] == lr / 10 and rates[began + 9] == lr   # warm again, within ten steps
+        assert rates[end - 1] < .06 * lr and rates[half:end] == sorted(rates[half:end], reverse=True)
 
 
 def test_aimed_replies_show_the_fault_of_style():

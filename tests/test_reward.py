@@ -369,7 +369,7 @@ def test_weights_that_are_no_numbers_are_refused(trained, tmp_path):
 
 
 def test_a_hub_id_without_a_network_fails_fast(monkeypatch):
-    monkeypatch.setattr("cai_course.models._hub_answers", lambda: False)
+    monkeypatch.setattr("cai_course.models.hub_answers", lambda: False)
     with pytest.raises(CourseError, match="needs a network or a filled cache"): RewardModel.load("nobody/no-such-encoder")
 
 

@@ -20,7 +20,7 @@ from cai_course.fused import fuse_t5
 from cai_course.models import Policy, Samples, base_weight, load_policy, stacked_weight
 from cai_course.ppo import PPOConfig, Rollout, policy_loss, ppo_loss, ppo_update
 from cai_course.rl import gae, whiten
-from cai_course.rlhf import (TEXT_PPO, AdaptiveKL, FixedKL, RLHFConfig, check_start, kl_per_token, lora_size, shape_rewards,
+from cai_course.rlhf import (TEXT_PPO, AdaptiveKL, FixedKL, RLHFConfig, careless, check_start, kl_per_token, lora_size, shape_rewards,
                              start_gap, train_rlhf)
 from conftest import make_tokenizer
 
@@ -155,8 +155,18 @@ def test_kl_per_token_is_zero_on_padding():
     assert got.tolist() == [[2., 0.]]
 
 
+@pytest.mark.parametrize("dropout", [-.1, 1., float("nan")])
+def test_dropout_that_is_no_share_is_refused(dropout):
+    with pytest.raises(CourseError, match="dropout is .*; a share from 0 to below 1 is needed. Use"):
+        with careless(None, dropout): pass
+
+
 def test_adaptive_price():
     assert FixedKL(.1).update(100., 64) == .1
+    for make, what in ((lambda: FixedKL(-.1), "beta is -0.1"), (lambda: AdaptiveKL(0.), "beta is 0.0"), (lambda: AdaptiveKL(.1, target=-6.), "target is -6.0"),
+                       (lambda: AdaptiveKL(.1, horizon=0.), "horizon is 0.0"), (lambda: AdaptiveKL(.1).update(float("nan"), 64), "kl is nan"),
+                       (lambda: AdaptiveKL(.1).update(1., 0), "n is 0")):
+        with pytest.raises(CourseError, match=f"{what}; .* Change"): make()
     assert AdaptiveKL(.1, 6., 10_000.).update(60., 100) == pytest.approx(.1 * (1 + .2 * 100 / 10_000))
     assert AdaptiveKL(.1, 6., 10_000.).update(0., 100) == pytest.approx(.1 * (1 - .2 * 100 / 10_000))
     assert AdaptiveKL(.1, 6., 10_000.).update(6.6, 100) == pytest.approx(.1 * (1 + .1 * 100 / 10_000))
