@@ -54,14 +54,16 @@ def random_t5(size: str, dtype: str): # A T5 v1.1 with random weights and an unt
     from transformers import T5Config, T5ForConditionalGeneration
     torch.manual_seed(0)
     shape = SHAPES[size]
+    torch.set_default_dtype(dict(fp32=torch.float32, bf16=torch.bfloat16)[dtype]) # made in it, as `from_pretrained` reads weights
     model = T5ForConditionalGeneration(T5Config(
         vocab_size=VOCABULARY, d_kv=KEY, feed_forward_proj="gated-gelu", tie_word_embeddings=False, decoder_start_token_id=0, pad_token_id=0,
         eos_token_id=1, dropout_rate=.1, num_decoder_layers=shape["num_layers"], **shape))
     if model.lm_head.weight.data_ptr() == model.shared.weight.data_ptr(): # some versions tie it whatever the configuration says
         model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
         model.config.scale_decoder_outputs = False
+    torch.set_default_dtype(torch.float32)
     model.lm_head.weight.data.mul_(.05) # keeps the entropy of the random policy high
-    return model.to(dict(fp32=torch.float32, bf16=torch.bfloat16)[dtype]).eval()
+    return model.eval()
 
 
 # -- workers: one process for each side, one iteration for each line on standard input -------------------------------------------------------

@@ -19,16 +19,17 @@ class _Norm(torch.autograd.Function):
     """T5's norm, `x * rsqrt(mean(x ** 2) + eps) * weight`, for a frozen weight; x is (n, d)."""
     @staticmethod
     def forward(ctx, x, weight, eps):
-        scale = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_() # (n, 1)
+        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+        scale = length.square_().div_(x.shape[-1]).add_(eps).rsqrt_() # (n, 1), float32 as in transformers
         ctx.save_for_backward(x, weight, scale)
-        return (x * scale).mul_(weight)
+        return (x * scale).mul_(weight).to(x.dtype)
 
     @staticmethod
     def backward(ctx, grad):
         x, weight, scale = ctx.saved_tensors
         grad = grad * weight
-        along = (grad * x).sum(-1, keepdim=True) * scale ** 3 / -x.shape[-1] # the part that would only change the length
-        return grad.mul_(scale).addcmul_(x, along), None, None
+        along = (grad * x).sum(-1, keepdim=True, dtype=torch.float32) * scale ** 3 / -x.shape[-1] # what would only change the length
+        return grad.mul_(scale).addcmul_(x, along.to(x.dtype)), None, None
 
 
 class _Gate(torch.autograd.Function):
@@ -48,12 +49,40 @@ class _Gate(torch.autograd.Function):
         return out
 
 
+class _Attend(torch.autograd.Function):
+    """`softmax(query @ key.T + bias) @ value` of every head, (B, s, h, k) and twice (B, S, h, k) -> (B, s, h, k).
+
+    For bfloat16, whose backward pass torch's own attention computes at half the speed of float32 on a CPU."""
+    @staticmethod
+    def forward(ctx, query, keys, values, bias):
+        parts = [x.transpose(1, 2).flatten(0, 1).contiguous() for x in (query, keys, values)] # (B h, s, k)
+        scores = parts[0].float() @ parts[1].float().transpose(1, 2) # (B h, s, S), in float32 as in torch's own
+        if bias is not None: scores.view(len(query), -1, *scores.shape[1:]).add_(bias)
+        weights = scores.softmax(-1).to(query.dtype)
+        ctx.save_for_backward(*parts, weights)
+        ctx.rows = len(query)
+        return _Attend._joined(weights @ parts[2], len(query))
+
+    @staticmethod
+    def _joined(x, rows): return x.view(rows, -1, *x.shape[1:]).transpose(1, 2) # (B h, s, k) -> (B, s, h, k)
+
+    @staticmethod
+    def backward(ctx, grad):
+        query, keys, values, weights = ctx.saved_tensors
+        grad = grad.transpose(1, 2).flatten(0, 1).contiguous()
+        scores = torch.ops.aten._softmax_backward_data(grad @ values.transpose(1, 2), weights, -1, weights.dtype)
+        found = scores @ keys, scores.transpose(1, 2) @ query, weights.transpose(1, 2) @ grad
+        return *(_Attend._joined(x, ctx.rows) for x in found), None
+
+
 class _Adapted(torch.autograd.Function):
     """`x @ weight.T` for a frozen weight (m, d), and `scale * x @ a.T @ b.T` more for some columns; x is (n, d).
 
-    `places` holds (first column, scale) of each adapter; `adapters` their a (r, d) and b (columns, r) in turn."""
+    `places` holds (first column, scale) of each adapter; `adapters` their a (r, d) and b (columns, r) in turn, which may be float32
+    beside a bfloat16 weight."""
     @staticmethod
     def forward(ctx, x, weight, places, *adapters):
+        adapters = [each.to(x.dtype) for each in adapters]
         thin = x @ torch.cat(adapters[::2]).T # (n, sum of r)
         out = x @ weight.T
         for (start, scale), b, part in zip(places, adapters[1::2], thin.split([len(a) for a in adapters[::2]], 1)):
@@ -94,7 +123,8 @@ class _FusedStack:
     def _fits(self, rest) -> bool: # Is this a case that is known here?
         if self.stack.training or rest.get("inputs_embeds") is not None or rest.get("past_key_values") is not None:
             return False
-        if rest.get("use_cache") or self.stack.embed_tokens.weight.dtype != torch.float32:
+        kinds = {weight.dtype for name, weight in self.stack.named_parameters() if "lora_" not in name}
+        if rest.get("use_cache") or len(kinds) > 1 or kinds.pop() not in (torch.float32, torch.bfloat16):
             return False
         if self.stack.final_layer_norm.weight.requires_grad: # a model that learns as a whole
             return False
@@ -118,8 +148,11 @@ class _FusedStack:
     def _norm(self, x, norm): return _Norm.apply(x, norm.weight, norm.variance_epsilon)
 
     def _attend(self, query, keys, values, bias, out, x): # queries (B, s, h, k), others (B, S, h, k) -> x + their answer, (B s, d)
-        found = F.scaled_dot_product_attention(*(y.transpose(1, 2) for y in (query, keys, values)), attn_mask=bias, scale=1.0)
-        return torch.addmm(x, found.transpose(1, 2).reshape(len(x), -1), base_weight(out).T)
+        if x.dtype == torch.bfloat16: found = _Attend.apply(query, keys, values, bias)
+        else:
+            heads = (y.transpose(1, 2) for y in (query, keys, values))
+            found = F.scaled_dot_product_attention(*heads, attn_mask=bias, scale=1.0).transpose(1, 2)
+        return torch.addmm(x, found.reshape(len(x), -1), base_weight(out).T)
 
     def forward(self, input_ids, attention_mask=None, encoder_hidden_states=None, encoder_attention_mask=None):
         stack, (B, S) = self.stack, input_ids.shape
@@ -133,7 +166,7 @@ class _FusedStack:
         if encoder_hidden_states is not None:
             states = encoder_hidden_states.flatten(0, 1)
             if encoder_attention_mask is not None and not bool(encoder_attention_mask.all()):
-                hide = torch.zeros(B, 1, S, encoder_hidden_states.shape[1], device=bias.device)
+                hide = bias.new_zeros(B, 1, S, encoder_hidden_states.shape[1])
                 hide = hide.masked_fill(encoder_attention_mask[:, None, None] == 0, far)
         x = stack.embed_tokens(input_ids).flatten(0, 1) # (B S, d)
         for block in stack.block:

@@ -113,8 +113,9 @@ def check_start(
     Raises `CourseError` if the first exceeds 0.01 in float32 (1 in bfloat16, which rounds to 3 digits): then PPO would
     train on ratios that are wrong from the start.
     """
-    with torch.no_grad(): # a few rows at a time: a row takes as many numbers as tokens times words
-        now = torch.cat([policy.evaluate(samples, rows)[0] for rows in torch.arange(len(samples)).split(8)])
+    a_few = max(1, 4_000_000 // (samples.mask.shape[1] * policy.model.config.vocab_size)) # a row takes tokens times words
+    with torch.no_grad():
+        now = torch.cat([policy.evaluate(samples, rows)[0] for rows in torch.arange(len(samples)).split(a_few)])
     real = samples.mask.bool()
     own = ((now - samples.logprobs).abs() * real).max().item()
     limit = .01 if next(policy.model.parameters()).dtype == torch.float32 else 1.
