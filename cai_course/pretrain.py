@@ -25,7 +25,7 @@ __all__ = ['SPECIAL', 'TASKS', 'DRILLS', 'SHORT', 'CLOSERS', 'LONG_RUN', 'STAGES
            'near_reply', 'matching_lesson', 'fitting_lesson', 'style_lesson', 'close_call', 'dodge_call',
            'outside_words', 'lesson', 'build_t5', 'build_bert', 'faster_dtype', 'fast_copy', 'pad', 'batches',
            'PretrainConfig', 'vocabulary_texts', 'has_compiler', 'Muon', 'saved_state', 'Trainer', 'plan', 't5_loss',
-           'pretrain_t5', 'starting_tokenizer', 'finish', 'bert_texts', 'bert_row', 'pretrain_bert', 'run',
+           't5_pool', 'pretrain_t5', 'starting_tokenizer', 'finish', 'bert_texts', 'bert_row', 'pretrain_bert', 'run',
            'skill_cases', 'pocket_report', 'report']
 
 # %% ../nbs/tools/pretrain.ipynb #5c5ea100
@@ -625,6 +625,31 @@ def t5_loss(model, tokenizer, lessons:list) -> tuple: # (weighted sum of losses,
         a, b = sums.get(one.task, (0., 0.)); sums[one.task] = (a + total, b + count)
     return (nll * weight).sum(), weight.sum(), sums
 
+def t5_pool(trainer, tokenizer) -> dict: # {task: mean loss per token}
+    "The next pool of lessons: made, learned and added to the log."
+    config = trainer.config
+    began, rng = time.time(), random.Random(f"lessons-{config.seed}-{trainer.pool}")
+    if trainer.pool in config.ends: trainer.start_part()
+    lessons = [lesson(rng, **plan(config.done(trainer.pool))) for _ in range(config.pool_size)]
+    # every step sees a batch of long lessons and some of every short task: sorted by length alone, a rare short task
+    # would come in one batch of its own, be learned there and be forgotten in the hundred batches after it
+    short, long = ([one for one in lessons if (one.task in SHORT) == wanted] for wanted in (True, False))
+    order = batches([len(one.prompt.split()) + len(one.response.split()) for one in long], int(config.budget * .7), rng, jitter=25)
+    if trainer.pool == 0: trainer.steps_per_pool = len(order)
+    sums = {}
+    for at, batch in enumerate(order):
+        few = short[at * len(short) // len(order):(at + 1) * len(short) // len(order)]
+        trainer.done = config.done(trainer.pool + at / len(order))
+        parts = [t5_loss(trainer.fast, tokenizer, rows) for rows in ([long[i] for i in batch], few) if rows]
+        trainer.learn(sum(part[0] for part in parts) / sum(part[1] for part in parts))
+        for task, (total, count) in (item for part in parts for item in part[2].items()):
+            a, b = sums.get(task, (0., 0.)); sums[task] = (a + total, b + count)
+    losses = {task: total / count for task, (total, count) in sums.items()}
+    trainer.pool += 1
+    trainer.seconds += time.time() - began
+    trainer.rows.append({"pool": trainer.pool, "step": trainer.step, "seconds": round(trainer.seconds), **{k: round(x, 4) for k, x in sorted(losses.items())}})
+    return losses
+
 def pretrain_t5(out:Path, config:PretrainConfig = PretrainConfig(), resume:bool = True, progress:bool = True) -> list: # Rows of the log
     "Train pocket-t5; the finished model is an ordinary model folder."
     out = Path(out)
@@ -634,26 +659,8 @@ def pretrain_t5(out:Path, config:PretrainConfig = PretrainConfig(), resume:bool 
     if resume: trainer.load()
     bar = tqdm(total=config.pools, initial=trainer.pool, desc="pocket-t5", unit="pool", disable=not progress, smoothing=.1)
     while trainer.pool < config.pools:
-        began, rng = time.time(), random.Random(f"lessons-{config.seed}-{trainer.pool}")
-        if trainer.pool in config.ends: trainer.start_part()
-        lessons = [lesson(rng, **plan(config.done(trainer.pool))) for _ in range(config.pool_size)]
-        # every step sees a batch of long lessons and some of every short task: sorted by length alone, a rare short task
-        # would come in one batch of its own, be learned there and be forgotten in the hundred batches after it
-        short, long = ([one for one in lessons if (one.task in SHORT) == wanted] for wanted in (True, False))
-        order = batches([len(one.prompt.split()) + len(one.response.split()) for one in long], int(config.budget * .7), rng, jitter=25)
-        if trainer.pool == 0: trainer.steps_per_pool = len(order)
-        sums = {}
-        for at, batch in enumerate(order):
-            few = short[at * len(short) // len(order):(at + 1) * len(short) // len(order)]
-            trainer.done = config.done(trainer.pool + at / len(order))
-            parts = [t5_loss(trainer.fast, tokenizer, rows) for rows in ([long[i] for i in batch], few) if rows]
-            trainer.learn(sum(part[0] for part in parts) / sum(part[1] for part in parts))
-            for task, (total, count) in (item for part in parts for item in part[2].items()):
-                a, b = sums.get(task, (0., 0.)); sums[task] = (a + total, b + count)
-        trainer.pool += 1
-        trainer.seconds += time.time() - began
-        trainer.rows.append({"pool": trainer.pool, "step": trainer.step, "seconds": round(trainer.seconds), **{k: round(a / b, 4) for k, (a, b) in sorted(sums.items())}})
-        bar.set_postfix({k: f"{a / b:.3f}" for k, (a, b) in sums.items() if k in ("answer", "critique", "revise", "judge", "match", "copy")}); bar.update()
+        losses = t5_pool(trainer, tokenizer)
+        bar.set_postfix({k: f"{x:.3f}" for k, x in losses.items() if k in ("answer", "critique", "revise", "judge", "match", "copy")}); bar.update()
         if trainer.pool % config.save_every == 0 or trainer.pool == config.pools: trainer.save()
     bar.close()
     finish(trainer, tokenizer, out)
