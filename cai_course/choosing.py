@@ -305,7 +305,7 @@ def measure_narrow(seed:int)->dict: # removed_own, removed_other, gap; `alone`: 
 
 NARROW_PRINCIPLES = Experiment(
     name="principle-revises-its-own", chapter="14", run=measure_narrow, value="gap", predicts=">", threshold=0.,
-    seeds=5, models=("pocket-t5",),
+    seeds=5, bounds=(-1., 1.), models=("pocket-t5",),
     claim="A principle that names certain harms removes more of them by revision than of harms that it does not name.",
     source="our own ablation, after Bai et al. (2022), 2212.08073, section 3.4, on the number of principles")
 
