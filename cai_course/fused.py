@@ -6,13 +6,14 @@
 __all__ = ['fuse_t5']
 
 # %% ../nbs/tools/fused.ipynb #ff0e8b5d
+from functools import partial
 import torch
 import torch.nn.functional as F
 from peft.tuners.lora import LoraLayer
 from transformers.modeling_outputs import BaseModelOutput
 
 from .errors import CourseError
-from .models import Policy, base_weight, stacked_weight
+from .models import Policy, base_weight, stacked_weight, _one_behind
 
 # %% ../nbs/tools/fused.ipynb #9e2f44c6
 class _Norm(torch.autograd.Function):
@@ -44,8 +45,9 @@ class _Gate(torch.autograd.Function):
     def backward(ctx, grad):
         (inner,), out = ctx.saved_tensors, torch.empty_like(ctx.saved_tensors[0])
         (gate, linear), (to_gate, to_linear) = inner.chunk(2, -1), out.chunk(2, -1)
-        to_gate.copy_(torch.ops.aten.gelu_backward(grad * linear, gate, approximate="tanh"))
-        torch.mul(F.gelu(gate, approximate="tanh"), grad, out=to_linear)
+        torch.mul(grad, linear, out=to_gate)
+        torch.ops.aten.gelu_backward.grad_input(to_gate, gate, approximate="tanh", grad_input=to_gate)
+        torch.ops.aten.gelu.out(gate, approximate="tanh", out=to_linear).mul_(grad)
         return out
 
 
@@ -104,6 +106,57 @@ class _Adapted(torch.autograd.Function):
         found[::2] = (dthin.T @ x).split(sizes)
         dx = (grad @ weight).addmm_(dthin, torch.cat(adapters[::2])) if ctx.needs_input_grad[0] else None
         return dx, None, None, *found
+
+
+class _Head(torch.autograd.Function):
+    """Log-probability of one token in each row of `softmax(hidden @ weight.T / temperature)` and the row's entropy, for a frozen weight;
+    (n, d), (V, d), (n,) -> (n,) twice.
+
+    The vocabulary is read in parts whose logits stay in the processor's cache, with sums relative to the largest logit so far, as in
+    attention that never holds a whole row (Dao et al. 2022, 2205.14135, section 3.1). The gradient of the log-probability needs the mean of
+    the weight's rows, which is summed on the way; only the gradient of the entropy asks for the logits again."""
+    WIDTH = 2048 # of a part
+
+    @staticmethod
+    def logits(hidden, part, temperature): # (n, WIDTH)
+        logits = (hidden @ part.T).float()
+        return logits if temperature == 1 else logits.div_(temperature)
+
+    @staticmethod
+    def forward(ctx, hidden, weight, tokens, temperature):
+        zeros = lambda width: hidden.new_zeros(len(hidden), width, dtype=torch.float32)
+        highest, total, spread, mean = zeros(1) - torch.inf, zeros(1), zeros(1), zeros(hidden.shape[1])
+        for part in weight.split(_Head.WIDTH):
+            logits = _Head.logits(hidden, part, temperature)
+            before, highest = highest, torch.maximum(highest, logits.amax(-1, keepdim=True))
+            drop = before - highest # of everything summed so far, in nats
+            shares = logits.sub_(highest).exp()
+            spread = torch.where(total > 0, spread + total * drop, spread) * drop.exp() + logits.mul_(shares).sum(-1, keepdim=True)
+            total = total * drop.exp() + shares.sum(-1, keepdim=True)
+            if ctx.needs_input_grad[0]: _Head.add(mean.mul_(drop.exp()), shares, part)
+        size = highest + total.log() # log of the sum of all exponentials
+        chosen = weight[tokens]
+        logp = torch.linalg.vecdot(hidden.float(), chosen.float()) / temperature - size[:, 0]
+        entropy = (total.log() - spread / total)[:, 0]
+        ctx.save_for_backward(hidden, weight, chosen - (mean / total).to(weight.dtype), size, entropy)
+        ctx.temperature = temperature
+        ctx.set_materialize_grads(False)
+        return logp, entropy
+
+    @staticmethod
+    def add(sums, shares, part): # shares (n, WIDTH) of the part's rows (WIDTH, d)
+        if part.dtype == sums.dtype: sums.addmm_(shares, part)
+        else: sums.add_(shares.to(part.dtype) @ part)
+
+    @staticmethod
+    def backward(ctx, grad, grad_entropy):
+        hidden, weight, direction, size, entropy = ctx.saved_tensors
+        found = torch.zeros_like(hidden, dtype=torch.float32) if grad is None else direction * grad[:, None]
+        if grad_entropy is not None:
+            for part in weight.split(_Head.WIDTH):
+                logp = _Head.logits(hidden, part, ctx.temperature).sub_(size)
+                _Head.add(found, logp.exp().mul_(logp + entropy[:, None]).mul_(-grad_entropy[:, None]), part)
+        return found.div_(ctx.temperature).to(hidden.dtype), None, None, None
 
 # %% ../nbs/tools/fused.ipynb #2bb8435d
 def _lora(linear): # (A, B, scale) of an adapter beside the weight, None without one, False if it is of an unknown kind
@@ -187,10 +240,25 @@ class _FusedStack:
             return type(self.stack).forward(self.stack, input_ids=input_ids, attention_mask=attention_mask,
                                             encoder_hidden_states=encoder_hidden_states,
                                             encoder_attention_mask=encoder_attention_mask, **rest)
-        x = self.forward(input_ids, attention_mask, encoder_hidden_states, encoder_attention_mask)
+        inputs = input_ids, attention_mask, encoder_hidden_states, encoder_attention_mask
+        rows = len(input_ids) if torch.is_grad_enabled() else max(1, 512 // input_ids.shape[1]) # whose layers stay in the cache
+        parts = zip(*([None] * -(-len(input_ids) // rows) if each is None else each.split(rows) for each in inputs))
+        x = torch.cat([self.forward(*part) for part in parts])
         out = BaseModelOutput(last_hidden_state=x, hidden_states=(x,))
         out.past_key_values = out.cross_attentions = None
         return out
+
+
+def _token_scores(policy, temperature, ids, mask, written, written_mask, states=None): # `Policy._token_scores` without logits
+    model = policy.model
+    if _lora(model.lm_head) is not None or base_weight(model.lm_head).requires_grad:
+        return Policy._token_scores(policy, temperature, ids, mask, written, written_mask, states)
+    model.eval()
+    if states is None: states = model.encoder(input_ids=ids, attention_mask=mask).last_hidden_state
+    hidden = model.decoder(input_ids=_one_behind(model, written), encoder_hidden_states=states, encoder_attention_mask=mask,
+                           use_cache=False).last_hidden_state # (b, T, d)
+    scale = model.model_dim ** -0.5 if model.config.scale_decoder_outputs else 1 # the tied head of T5 1.0
+    return *_Head.apply((hidden * scale).flatten(0, 1), base_weight(model.lm_head), written.flatten(), temperature), hidden
 
 
 def _lay_together(*linears): # their weights behind each other in memory
@@ -211,6 +279,7 @@ def fuse_t5(
         raise CourseError(f"{policy.name} is a {config.model_type} with the activation "
                           f"{getattr(config, 'dense_act_fn', 'of its own')!r}; fuse_t5 knows the gated T5, such as FLAN-T5. "
                           "Use the policy as it is.")
+    policy._token_scores = partial(_token_scores, policy)
     for stack in (policy.model.encoder, policy.model.decoder):
         stack.forward = _FusedStack(stack)
         for block in stack.block:

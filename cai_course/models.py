@@ -165,6 +165,10 @@ def _start_token(model) -> int: # The token that an encoder-decoder's reply star
     return model.config.pad_token_id if start is None else start
 
 
+def _one_behind(model, written) -> torch.Tensor: # What an encoder-decoder reads while it scores the tokens (b, T)
+    return torch.cat([torch.full_like(written[:, :1], _start_token(model)), written[:, :-1]], 1)
+
+
 def _causal_extras(model, mask, width, keep) -> dict: # Arguments that not every causal model takes
     accepted, extras = inspect.signature(model.forward).parameters, {}
     if "position_ids" in accepted: # left padding must not shift the positions of real tokens
@@ -799,9 +803,8 @@ class Policy:
             if states is None:
                 states = self.model.get_encoder()(input_ids=ids, attention_mask=mask).last_hidden_state
             states = states[index]
-            before = torch.cat([torch.full_like(written[:, :1], _start_token(self.model)), written[:, :-1]], 1)
             out = self.model(encoder_outputs=BaseModelOutput(states), attention_mask=mask[index],
-                             decoder_input_ids=before,
+                             decoder_input_ids=_one_behind(self.model, written),
                              output_hidden_states=hidden, use_cache=False)
             return out.logits, out.decoder_hidden_states[-1] if hidden else None
         together, seen = torch.cat([ids[index], written], 1), torch.cat([mask[index], written_mask.long()], 1)
@@ -827,13 +830,16 @@ class Policy:
         side = slice(-width, None) if self.kind == "causal" else slice(0, width)
         written, real = samples.response_ids[rows, :steps], mask[:, :steps]
         known = self._known_states(samples)
-        logits, hidden = self._forward(samples.prompt_ids[rows][:, side], prompt_mask[:, side], written, real,
-                                       hidden=self.value_head is not None,
-                                       states=None if known is None else known[rows, :width])
-        logp, entropy = _TokenFunction.apply(_scaled(logits, samples.temperature).flatten(0, 1), written.flatten())
+        logp, entropy, hidden = self._token_scores(samples.temperature, samples.prompt_ids[rows][:, side], prompt_mask[:, side],
+                                                   written, real, states=None if known is None else known[rows, :width])
         spread = lambda x: F.pad(x.view(written.shape) * real, (0, mask.shape[1] - steps))
         values = None if hidden is None else spread(self.value_head(hidden.float())[..., 0])
         return spread(logp), values, spread(entropy)
+
+    def _token_scores(self, temperature, ids, mask, written, written_mask, states=None):
+        "Log-probability and entropy of every response token, (b T,) each, and the hidden states (b, T, d) for a value head."
+        logits, hidden = self._forward(ids, mask, written, written_mask, hidden=self.value_head is not None, states=states)
+        return *_TokenFunction.apply(_scaled(logits, temperature).flatten(0, 1), written.flatten()), hidden
 
     def logprobs_with_gradient(
         self,

@@ -16,7 +16,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast, T
 
 from cai_course import rlhf
 from cai_course.errors import CourseError
-from cai_course.fused import fuse_t5
+from cai_course.fused import _Head, fuse_t5
 from cai_course.models import Policy, Samples, base_weight, load_policy, stacked_weight
 from cai_course.ppo import PPOConfig, Rollout, policy_loss, ppo_loss, ppo_update
 from cai_course.rl import gae, whiten
@@ -553,6 +553,27 @@ def test_bfloat16_changes_nothing_but_rounding_and_the_fused_pass_rounds_no_wors
     assert (fused < 1.2 * plain).all(), (fused, plain)
 
 
+@pytest.mark.parametrize("temperature", [1., .7])
+@pytest.mark.parametrize("sharpness", [1., 30.])  # the larger puts nearly all on one word, sometimes of the first part and sometimes of the last
+def test_the_head_in_parts_is_the_softmax_over_the_whole_vocabulary(monkeypatch, temperature, sharpness):
+    monkeypatch.setattr(_Head, "WIDTH", 7)  # 50 is no multiple of it
+    torch.manual_seed(0)
+    hidden, weight, tokens = sharpness * torch.randn(12, 8), torch.randn(50, 8), torch.randint(0, 50, (12,))
+    up = torch.randn(2, 12)
+    def whole(hidden, weight, tokens, temperature):
+        logp = (hidden @ weight.T / temperature).log_softmax(-1)
+        return logp.gather(1, tokens[:, None])[:, 0], -(logp.exp() * logp).sum(-1)
+    for parts in ([0], [1], [0, 1]):  # gradient of the log-probability, of the entropy, of both
+        found = []
+        for function, kind in ((_Head.apply, torch.float32), (whole, torch.float64)):
+            x = hidden.to(kind, copy=True).requires_grad_()
+            out = function(x, weight.to(kind), tokens, temperature)
+            sum((out[i] * up[i]).sum() for i in parts).backward()
+            found.append([*(each.detach() for each in out), x.grad])
+        for ours, exact in zip(*found, strict=True): assert (ours - exact).abs().max() < 1e-5 * sharpness * max(1, exact.abs().max()), parts
+    with torch.no_grad(): close(_Head.apply(hidden, weight, tokens, temperature)[0], found[0][0])
+
+
 def test_fused_weights_are_read_together_without_a_copy(trl):
     policy = fuse_t5(as_policy(trl))
     own = policy.model.encoder.block[0].layer[0].SelfAttention
@@ -579,13 +600,12 @@ def test_the_fused_pass_leaves_what_it_does_not_know(trl, folders):
     assert policy.model(input_ids=trl.prompts, decoder_input_ids=trl.responses, use_cache=True).past_key_values is not None
     policy.model.train()  # dropout is no part of the fused pass, so the ordinary one must answer
     assert (policy.model(input_ids=trl.prompts, decoder_input_ids=trl.responses, use_cache=False).logits - calm).abs().max() > .01
-    policy.start_adapter(r=2, targets=["wi_0", "q"])
-    with torch.no_grad():
-        for p in policy._adapter().values(): p.fill_(.1)
-    reference = as_policy(trl).start_adapter(r=2, targets=["wi_0", "q"])
-    with torch.no_grad():
-        for p in reference._adapter().values(): p.fill_(.1)
-    close(policy.evaluate(samples, [0, 1])[0], reference.evaluate(samples, [0, 1])[0])
+    for targets in (["wi_0", "q"], ["lm_head", "q"]):
+        pair = [each.start_adapter(r=2, targets=targets, freeze_current=False) for each in (policy, as_policy(trl))]
+        for each in pair:
+            with torch.no_grad():
+                for p in each._adapter().values(): p.fill_(.1)
+        close(*(each.evaluate(samples, [0, 1])[0] for each in pair))
     with pytest.raises(CourseError, match="gated T5"): fuse_t5(load_policy(folders("gpt2")))
 
 

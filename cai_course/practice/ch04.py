@@ -220,12 +220,12 @@ no_confusion = quiz(
      "Chance would give about one half on contests."])
 
 what_a_gang_does = quiz(
-    "Three of your five labelers copy from each other. Which method notices?",
+    "Three of your five labelers copy one bad ranking from each other. Which method shows that they are wrong?",
     ["Gold questions, whose answers were known beforehand",
      "Dawid and Skene, because it estimates skills",
      "Fleiss' kappa, because it corrects for chance",
      "The report on outliers, because it leaves the judged labeler out"],
-    ["Truth from outside. (A close look at who agrees with whom too perfectly helps as well.)",
+    ["Truth from outside. (Had they copied a good ranking, only a look at who agrees too perfectly would tell.)",
      "It starts from the majority, and the three are the majority: it gives them the high skills.",
      "Copying raises agreement, and kappa with it.",
      "It leaves one of the three out; the other two and their error stay in the majority."])
