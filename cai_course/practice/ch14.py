@@ -159,7 +159,7 @@ where_to_spend = quiz(
      "Check the labels of which the machine is surest, they weigh most",
      "Add them to the training set and enlarge it by one percent",
      "Let people label what the machine finds hardest, and nothing else"],
-    ["Only a random sample tells how good the labels are; then spend the rest where they are worst.",
+    ["Only a random sample tells how good the labels are, and whether some group of them is clearly worse.",
      "What the machine is sure of and wrong about would be found, but you would never learn how much is wrong "
      "elsewhere.",
      "One percent more of the same hardly moves anything. The same labels as a sample tell you what you have.",
