@@ -136,7 +136,7 @@ class _Head(torch.autograd.Function):
             if ctx.needs_input_grad[0]: _Head.add(mean.mul_(drop.exp()), shares, part)
         size = highest + total.log() # log of the sum of all exponentials
         chosen = weight[tokens]
-        logp = torch.linalg.vecdot(hidden.float(), chosen.float()) / temperature - size[:, 0]
+        logp = torch.linalg.vecdot(hidden.float(), chosen.float()) / temperature - highest[:, 0] - total.log()[:, 0]
         entropy = (total.log() - spread / total)[:, 0]
         ctx.save_for_backward(hidden, weight, chosen - (mean / total).to(weight.dtype), size, entropy)
         ctx.temperature = temperature
