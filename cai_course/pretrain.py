@@ -378,11 +378,11 @@ def batches(sizes:list, budget:int, rng:random.Random, jitter:float = 0.) -> lis
 @dataclass(frozen=True)
 class PretrainConfig:
     "What makes a pocket model; the shipped ones use the defaults."
-    pools: int = 158         # pools of lessons, at least 1
-    parts: tuple = (74, 32, 20, 18, 14)  # how these are shared out among the parts of the training; each later part starts with fresh optimizers
+    pools: int = 198         # pools of lessons, at least 1
+    parts: tuple = (74, 32, 20, 18, 14, 40)  # how these are shared out among the parts of the training; each later part starts with fresh optimizers
     pool_size: int = 4_096   # lessons in a pool
     budget: int = 4_000      # padded tokens in a batch of long lessons
-    lrs: tuple = (2.5e-3, 1.5e-3, 1.5e-3, 1e-3, 1e-3)  # peak learning rate of each part; in a later part it falls to zero over the second half
+    lrs: tuple = (2.5e-3, 1.5e-3, 1.5e-3, 1e-3, 1e-3, 1.5e-3)  # peak learning rate of each part; in a later part it falls to zero over the second half
     warmup: int = 200        # steps of linear warm-up; a quarter of them in a later part
     fall: float = .5         # share of the learning rate that is lost in a line over the steps of the first part
     cooldown: float = .36    # last share of the first part, in which what is left of the rate falls to zero
@@ -593,7 +593,14 @@ STAGES = (   # (fraction of the training at which the stage ends, shares of task
             dodges=.4, fits=.75, closers=CLOSERS)),
     (5., {"critique": .24, "revise": .23, "judge": .21, "reason": .15, "answer": .08, "match": .03, "copy": .02, "summarize": .01, "harmful": .01,
           "skill": .01, "direct": .01}, dict(copies=.4, close=.2, single=.3, wild=.1, style=.5, outside=.3, slips=.6, alike=.1, examples=.05, label=6.,
-          dodges=.25, fits=.75, closers=CLOSERS)))
+          dodges=.25, fits=.75, closers=CLOSERS)),
+    # the sixth part
+    (5.5, {"match": .28, "copy": .14, "critique": .19, "revise": .15, "judge": .10, "reason": .06, "answer": .05, "summarize": .01, "harmful": .01,
+          "skill": .01}, dict(copies=.5, close=.2, single=.3, wild=.3, style=.4, outside=.3, slips=.5, alike=.1, examples=.05, label=6.,
+          dodges=.4, fits=.7, closers=CLOSERS)),
+    (6., {"critique": .25, "revise": .24, "judge": .20, "reason": .12, "answer": .10, "match": .03, "copy": .02, "summarize": .01, "harmful": .01,
+          "skill": .01, "direct": .01}, dict(copies=.4, close=.2, single=.3, wild=.1, style=.5, outside=.3, slips=.6, alike=.1, examples=.05, label=6.,
+          dodges=.3, fits=.75, closers=CLOSERS)))
 
 def plan(done:float) -> dict: # Keywords of `lesson` when as much is done; counted as `PretrainConfig.done` does
     """Words first, then drills, then everything, and at last much as it will be asked; comparing begins with clear cases.

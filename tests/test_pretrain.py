@@ -274,9 +274,9 @@ def test_shuffled_sentences_hold_steps_in_an_order_that_no_reply_has():
 def test_all_but_the_last_drills_teach_every_task_and_the_plan_reads_from_begin_to_end():
     ends = [end for end, *_ in pretrain.STAGES]
     parts = len(pretrain.PretrainConfig().parts)
-    assert ends == sorted(ends) and {1, 2, 3, 4} <= {*ends} and ends[-1] == parts == 5   # a part ends at each whole number
+    assert ends == sorted(ends) and {1, 2, 3, 4, 5} <= {*ends} and ends[-1] == parts == 6   # a part ends at each whole number
     for done in (1.05, 1.2): assert sum(pretrain.plan(done)["tasks"][drill] for drill in pretrain.DRILLS) > .7
-    for done in (0., .1, .3, .7, .999, 1.6, 1.999, 2., 2.4, 2.999, 3., 3.999, 4., 4.999):
+    for done in (0., .1, .3, .7, .999, 1.6, 1.999, 2., 2.4, 2.999, 3., 3.999, 4., 4.999, 5.999):
         keywords = pretrain.plan(done)
         assert set(keywords["tasks"]) == {*pretrain.TASKS, *pretrain.DRILLS} and .98 < sum(keywords["tasks"].values()) < 1.02   # shares are weights; near 1 they can be read
         assert isinstance(pretrain.lesson(random.Random(1), **keywords), pretrain.Lesson)
