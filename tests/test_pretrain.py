@@ -372,3 +372,28 @@ def test_shipped_models_open_without_our_package_and_bring_their_log(name, most)
     assert AutoTokenizer.from_pretrained(folder)("read the diary")["input_ids"]
     log = json.loads((folder / "training_log.json").read_text())
     assert log["rows"][-1]["pool"] == log["config"]["pools"]
+
+
+class Silent:
+    "A policy that says nothing, finds every option equally likely and keeps what it was asked."
+    def __init__(self): self.asked = []
+    def generate(self, prompts, **settings):
+        self.asked += prompts
+        return [""] * len(prompts)
+    def score_options(self, prompts, options, **settings):
+        self.asked += prompts
+        return torch.zeros(len(prompts), len(options))
+
+
+@pytest.mark.parametrize("split", world.SPLITS)
+def test_the_report_asks_about_requests_of_its_split_alone(split):
+    policy = Silent()
+    for unseen in (False, True): pretrain.skill_cases(policy, 0, 10, unseen, split)
+    requests = {line.removeprefix("Human: ") for prompt in policy.asked for line in prompt.split("\n") if world.understand(line.removeprefix("Human: "))}
+    splits = [world.split_of(topic.kind, topic.name, target, item) for topic, target, item in map(world.understand, requests)]
+    assert len(splits) > 80 and {*splits} == {split}
+
+
+def test_a_report_on_an_unknown_split_is_refused_before_the_model_is_loaded():
+    with pytest.raises(CourseError, match="there is no split 'test'; choose one of train, validation, heldout"):
+        pretrain.pocket_report("no such model", split="test")
