@@ -6,6 +6,7 @@
 __all__ = ['fuse_t5']
 
 # %% ../nbs/tools/fused.ipynb #ff0e8b5d
+import math
 from functools import partial
 import torch
 import torch.nn.functional as F
@@ -13,42 +14,75 @@ from peft.tuners.lora import LoraLayer
 from transformers.modeling_outputs import BaseModelOutput
 
 from .errors import CourseError
-from .models import Policy, base_weight, stacked_weight, _one_behind
+from .models import (Policy, Samples, base_weight, stacked_weight, _attend, _few, _one_behind, _product, _start_token,
+                               _T5Steps)
 
 # %% ../nbs/tools/fused.ipynb #9e2f44c6
 class _Norm(torch.autograd.Function):
     """T5's norm, `x * rsqrt(mean(x ** 2) + eps) * weight`, for a frozen weight; x is (n, d)."""
     @staticmethod
-    def forward(ctx, x, weight, eps):
-        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
-        scale = length.square_().div_(x.shape[-1]).add_(eps).rsqrt_() # (n, 1), float32 as in transformers
-        ctx.save_for_backward(x, weight, scale)
-        return (x * scale).mul_(weight).to(x.dtype)
+    def scale(x, eps): # (n, 1), float32 as in transformers
+        return torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
 
     @staticmethod
-    def backward(ctx, grad):
-        x, weight, scale = ctx.saved_tensors
+    def normed(x, scale, weight): return (x * scale).mul_(weight).to(x.dtype)
+
+    @staticmethod
+    def gradient(grad, x, scale, weight):
         grad = grad * weight
         along = (grad * x).sum(-1, keepdim=True, dtype=torch.float32) * scale ** 3 / -x.shape[-1] # what would only change the length
-        return grad.mul_(scale).addcmul_(x, along.to(x.dtype)), None, None
+        return grad.mul_(scale).addcmul_(x, along.to(x.dtype))
 
-
-class _Gate(torch.autograd.Function):
-    """`gelu(gate) * linear` of both halves of one product, (n, 2 f) -> (n, f)."""
     @staticmethod
-    def forward(ctx, inner):
-        ctx.save_for_backward(inner)
-        gate, linear = inner.chunk(2, -1)
-        return F.gelu(gate, approximate="tanh").mul_(linear)
+    def forward(ctx, x, weight, eps):
+        scale = _Norm.scale(x, eps)
+        ctx.save_for_backward(x, scale, weight)
+        return _Norm.normed(x, scale, weight)
+
+    @staticmethod
+    def backward(ctx, grad): return _Norm.gradient(grad, *ctx.saved_tensors), None, None
+
+
+class _FeedForward(torch.autograd.Function):
+    """`x + wo(gelu(wi_0(normed)) * wi_1(normed))` of `normed = norm(x)` for frozen weights; x is (n, d), `wide` (2 f, d) holds wi_0 and wi_1,
+    `narrow` (d, f) is wo."""
+    @staticmethod
+    def forward(ctx, x, weight, eps, wide, narrow):
+        scale = _Norm.scale(x, eps)
+        normed = _Norm.normed(x, scale, weight)
+        inner = torch.bmm(normed.expand(2, -1, -1), wide.view(2, -1, x.shape[1]).transpose(1, 2)) # (2, n, f)
+        ctx.save_for_backward(x, scale, weight, inner, wide, narrow)
+        gate, linear = inner
+        return torch.addmm(x, _gelu(gate).mul_(linear), narrow.T)
 
     @staticmethod
     def backward(ctx, grad):
-        (inner,), out = ctx.saved_tensors, torch.empty_like(ctx.saved_tensors[0])
-        (gate, linear), (to_gate, to_linear) = inner.chunk(2, -1), out.chunk(2, -1)
-        torch.mul(grad, linear, out=to_gate)
-        torch.ops.aten.gelu_backward.grad_input(to_gate, gate, approximate="tanh", grad_input=to_gate)
-        torch.ops.aten.gelu.out(gate, approximate="tanh", out=to_linear).mul_(grad)
-        return out
+        x, scale, weight, (gate, linear), wide, narrow = ctx.saved_tensors
+        active, slope = _gelu_and_slope(gate)
+        to_inner = grad @ narrow # (n, f)
+        to_gate, to_linear = slope.mul_(linear).mul_(to_inner), active.mul_(to_inner)
+        first, second = wide.chunk(2)
+        return _Norm.gradient((to_gate @ first).addmm_(to_linear, second), x, scale, weight).add_(grad), None, None, None, None
+
+
+_STEEP = (8 / math.pi) ** .5 # gelu(x) = x * sigmoid(_STEEP * (x + _CUBIC * x ** 3)), the usual form with tanh written with one operation less
+_CUBIC = .044715
+
+
+def _sigmoid(x): return torch.addcmul(x.new_tensor(_STEEP), x, x, value=_STEEP * _CUBIC).mul_(x).sigmoid_()
+
+
+def _gelu(x): # torch's own is five times as slow in float32 as the sigmoid; in bfloat16 each step would round
+    return _sigmoid(x).mul_(x) if x.dtype == torch.float32 else F.gelu(x, approximate="tanh")
+
+
+def _gelu_and_slope(x):
+    if x.dtype != torch.float32:
+        return F.gelu(x, approximate="tanh"), torch.ops.aten.gelu_backward(torch.ones_like(x), x, approximate="tanh")
+    share = _sigmoid(x)
+    active = share * x
+    slope = torch.addcmul(x.new_tensor(_STEEP), x, x, value=3 * _STEEP * _CUBIC).mul_(active) # of the sigmoid's argument, times active
+    return active, slope.addcmul_(slope, share, value=-1).add_(share)
 
 
 class _Attend(torch.autograd.Function):
@@ -78,24 +112,27 @@ class _Attend(torch.autograd.Function):
 
 
 class _Adapted(torch.autograd.Function):
-    """`x @ weight.T` for a frozen weight (m, d), and `scale * x @ a.T @ b.T` more for some columns; x is (n, d).
+    """`normed @ weight.T` for a frozen weight (m, d), and `scale * normed @ a.T @ b.T` more for some columns; x is (n, d).
 
-    `places` holds (first column, scale) of each adapter; `adapters` their a (r, d) and b (columns, r) in turn, which may be float32
-    beside a bfloat16 weight."""
+    `norm` is the frozen weight (d,) of a norm that x goes through first, and its eps; None: none. `places` holds (first column, scale) of each
+    adapter; `adapters` their a (r, d) and b (columns, r) in turn, which may be float32 beside a bfloat16 weight."""
     @staticmethod
-    def forward(ctx, x, weight, places, *adapters):
+    def forward(ctx, x, norm, weight, places, *adapters):
         adapters = [each.to(x.dtype) for each in adapters]
-        thin = x @ torch.cat(adapters[::2]).T # (n, sum of r)
-        out = x @ weight.T
-        for (start, scale), b, part in zip(places, adapters[1::2], thin.split([len(a) for a in adapters[::2]], 1)):
-            out[:, start:start + len(b)].addmm_(part, b.T, alpha=scale)
-        ctx.places = places
-        ctx.save_for_backward(x, weight, thin, *adapters)
+        scale = None if norm is None else _Norm.scale(x, norm[1])
+        normed = x if norm is None else _Norm.normed(x, scale, norm[0])
+        thin = normed @ torch.cat(adapters[::2]).T # (n, sum of r)
+        out = normed @ weight.T
+        for (start, factor), b, part in zip(places, adapters[1::2], thin.split([len(a) for a in adapters[::2]], 1)):
+            out[:, start:start + len(b)].addmm_(part, b.T, alpha=factor)
+        ctx.norm, ctx.places = norm, places
+        ctx.save_for_backward(x, scale, weight, thin, *adapters)
         return out
 
     @staticmethod
     def backward(ctx, grad):
-        x, weight, thin, *adapters = ctx.saved_tensors
+        x, length, weight, thin, *adapters = ctx.saved_tensors
+        normed = x if ctx.norm is None else _Norm.normed(x, length, ctx.norm[0]) # two passes; kept, it would be the larger half of this
         sizes, parts = [len(a) for a in adapters[::2]], []
         found = [None] * len(adapters)
         for k, ((start, scale), b, part) in enumerate(zip(ctx.places, adapters[1::2], thin.split(sizes, 1))):
@@ -103,9 +140,10 @@ class _Adapted(torch.autograd.Function):
             parts.append((mine @ b).mul_(scale))
             found[2 * k + 1] = (mine.T @ part).mul_(scale)
         dthin = torch.cat(parts, 1) # (n, sum of r)
-        found[::2] = (dthin.T @ x).split(sizes)
-        dx = (grad @ weight).addmm_(dthin, torch.cat(adapters[::2])) if ctx.needs_input_grad[0] else None
-        return dx, None, None, *found
+        found[::2] = (dthin.T @ normed).split(sizes)
+        if not ctx.needs_input_grad[0]: return None, None, None, None, *found
+        dx = (grad @ weight).addmm_(dthin, torch.cat(adapters[::2]))
+        return dx if ctx.norm is None else _Norm.gradient(dx, x, length, ctx.norm[0]), None, None, None, *found
 
 
 class _Head(torch.autograd.Function):
@@ -190,15 +228,15 @@ class _FusedStack:
                 return False
         return True
 
-    def _heads(self, x, linears, size): # (n, d) -> one (B, s, h, k) of each layer
+    def _heads(self, x, layer_norm, linears, size): # (n, d) -> one (B, s, h, k) of each linear layer
         places, adapters, width = [], [], base_weight(linears[0]).shape[0]
         for number, lora in enumerate(map(_lora, linears)):
             if lora is not None: places.append((number * width, lora[2])); adapters += lora[:2]
         weight = stacked_weight(*linears)
-        out = _Adapted.apply(x, weight, places, *adapters) if adapters else x @ weight.T
+        norm = layer_norm and (layer_norm.weight, layer_norm.variance_epsilon)
+        if adapters: out = _Adapted.apply(x, norm, weight, places, *adapters)
+        else: out = (x if norm is None else _Norm.apply(x, *norm)) @ weight.T
         return out.view(size, -1, len(linears), self.stack.config.num_heads, width // self.stack.config.num_heads).unbind(2)
-
-    def _norm(self, x, norm): return _Norm.apply(x, norm.weight, norm.variance_epsilon)
 
     def _attend(self, query, keys, values, bias, out, x): # queries (B, s, h, k), others (B, S, h, k) -> x + their answer, (B s, d)
         if x.dtype == torch.bfloat16: found = _Attend.apply(query, keys, values, bias)
@@ -224,16 +262,14 @@ class _FusedStack:
         x = stack.embed_tokens(input_ids).flatten(0, 1) # (B S, d)
         for block in stack.block:
             own = block.layer[0].SelfAttention
-            normed = self._norm(x, block.layer[0].layer_norm)
-            x = self._attend(*self._heads(normed, (own.q, own.k, own.v), B), bias, own.o, x)
+            x = self._attend(*self._heads(x, block.layer[0].layer_norm, (own.q, own.k, own.v), B), bias, own.o, x)
             if encoder_hidden_states is not None:
                 cross = block.layer[1].EncDecAttention
-                (query,) = self._heads(self._norm(x, block.layer[1].layer_norm), (cross.q,), B)
-                x = self._attend(query, *self._heads(states, (cross.k, cross.v), B), hide, cross.o, x)
-            ff = block.layer[-1].DenseReluDense
-            normed = self._norm(x, block.layer[-1].layer_norm)
-            x = torch.addmm(x, _Gate.apply(normed @ stacked_weight(ff.wi_0, ff.wi_1).T), base_weight(ff.wo).T)
-        return self._norm(x, stack.final_layer_norm).view(B, S, -1)
+                (query,) = self._heads(x, block.layer[1].layer_norm, (cross.q,), B)
+                x = self._attend(query, *self._heads(states, None, (cross.k, cross.v), B), hide, cross.o, x)
+            ff, norm = block.layer[-1].DenseReluDense, block.layer[-1].layer_norm
+            x = _FeedForward.apply(x, norm.weight, norm.variance_epsilon, stacked_weight(ff.wi_0, ff.wi_1), base_weight(ff.wo))
+        return _Norm.apply(x, stack.final_layer_norm.weight, stack.final_layer_norm.variance_epsilon).view(B, S, -1)
 
     def __call__(self, input_ids=None, attention_mask=None, encoder_hidden_states=None, encoder_attention_mask=None, **rest):
         if input_ids is None or not self._fits(rest):
@@ -241,7 +277,7 @@ class _FusedStack:
                                             encoder_hidden_states=encoder_hidden_states,
                                             encoder_attention_mask=encoder_attention_mask, **rest)
         inputs = input_ids, attention_mask, encoder_hidden_states, encoder_attention_mask
-        rows = len(input_ids) if torch.is_grad_enabled() else max(1, 512 // input_ids.shape[1]) # whose layers stay in the cache
+        rows = len(input_ids) if torch.is_grad_enabled() else max(1, 1024 // input_ids.shape[1]) # whose layers stay in the cache
         parts = zip(*([None] * -(-len(input_ids) // rows) if each is None else each.split(rows) for each in inputs))
         x = torch.cat([self.forward(*part) for part in parts])
         out = BaseModelOutput(last_hidden_state=x, hidden_states=(x,))
@@ -259,6 +295,45 @@ def _token_scores(policy, temperature, ids, mask, written, written_mask, states=
                            use_cache=False).last_hidden_state # (b, T, d)
     scale = model.model_dim ** -0.5 if model.config.scale_decoder_outputs else 1 # the tied head of T5 1.0
     return *_Head.apply((hidden * scale).flatten(0, 1), base_weight(model.lm_head), written.flatten(), temperature), hidden
+
+
+class _ColumnSteps(_T5Steps):
+    """A few replies as columns, so that nothing needs to be turned around between a matrix and the next (see `_few`)."""
+    def __call__(self, tokens): # (b,) -> logits (b, V), hidden (b, d)
+        model, decoder = self.model, self.model.decoder
+        tokens = torch.full((len(self.hide),), _start_token(model), device=self.hide.device) if tokens is None else tokens
+        rows = decoder.embed_tokens(tokens) # (b, d)
+        if not _few(rows): return super().__call__(tokens)
+        x, t, self.t = rows.T.contiguous(), self.t, self.t + 1 # (d, b)
+        for (block, qkv, own_out, cross_q, cross_out, wide, ff), own, cross in zip(self.blocks, self.own, self.cross):
+            query, key, value = self._heads(qkv @ self._norm(block.layer[0].layer_norm, x))
+            own[0][:, :, t], own[1][:, :, t] = key, value
+            keys, values = own[0][:, :, :t + 1], own[1][:, :, :t + 1]
+            x = torch.addmm(x, own_out, _attend(query, keys, values, self.bias[:, t:t + 1, :t + 1]).T)
+            (query,) = self._heads(cross_q @ self._norm(block.layer[1].layer_norm, x))
+            x = torch.addmm(x, cross_out, _attend(query, *cross, self.hide).T)
+            gate, linear = (wide @ self._norm(block.layer[2].layer_norm, x)).chunk(2)
+            x = torch.addmm(x, base_weight(ff.wo), _gelu(gate).mul_(linear))
+        hidden = self._norm(decoder.final_layer_norm, x).T.contiguous()
+        scale = model.model_dim ** -0.5 if model.config.scale_decoder_outputs else 1 # the tied head of T5 1.0
+        return _product(hidden * scale, base_weight(model.lm_head)), hidden
+
+    def _heads(self, x): # (n h k, b) -> n times (b, h, k)
+        return x.view(-1, self.heads, self.model.config.d_kv, x.shape[1]).permute(0, 3, 1, 2).unbind()
+
+    def _norm(self, norm, x): # `_Norm` of columns
+        scale = torch.linalg.vector_norm(x, dim=0).square_().div_(len(x)).add_(norm.variance_epsilon).rsqrt_() # (b,)
+        return (x * scale).mul_(norm.weight[:, None])
+
+
+def _logprobs(policy, prompts, responses=None, temperature=None): # `Policy.logprobs` without logits
+    prompt_rows, response_rows, temperature = policy._rows(prompts, responses, temperature)
+    def read(ids, mask, written, written_mask, index, states):
+        if states is None: states = policy.model.encoder(input_ids=ids, attention_mask=mask).last_hidden_state
+        return policy._token_scores(temperature, ids, mask[index], written, written_mask, states[index])[0].view(written.shape)
+    known = policy._known_states(prompts) if isinstance(prompts, Samples) else None
+    scores = policy._score(prompt_rows, response_rows, read, forward=False, states=known, width=_Head.WIDTH)
+    return policy._join(scores, response_rows)
 
 
 def _lay_together(*linears): # their weights behind each other in memory
@@ -279,7 +354,7 @@ def fuse_t5(
         raise CourseError(f"{policy.name} is a {config.model_type} with the activation "
                           f"{getattr(config, 'dense_act_fn', 'of its own')!r}; fuse_t5 knows the gated T5, such as FLAN-T5. "
                           "Use the policy as it is.")
-    policy._token_scores = partial(_token_scores, policy)
+    policy._token_scores, policy.logprobs, policy._steps = partial(_token_scores, policy), partial(_logprobs, policy), _ColumnSteps
     for stack in (policy.model.encoder, policy.model.decoder):
         stack.forward = _FusedStack(stack)
         for block in stack.block:

@@ -255,10 +255,14 @@ def stacked_weight(
     return weights[0].detach().as_strided((sum(map(len, weights)), weights[0].shape[1]), weights[0].stride())
 
 
+def _few(x) -> bool:
+    # MKL multiplies so few rows by a large matrix two to three times as fast the other way around (oneDNN, for bfloat16, does not)
+    return 12 < len(x) <= 32 and x.device.type == "cpu" and x.dtype == torch.float32
+
+
 def _product(x, weight) -> torch.Tensor: # (b, d), (n, d) -> (b, n)
-    # MKL multiplies a handful of rows by a large matrix two to three times as fast the other way around (oneDNN, for bfloat16, does not)
-    if 12 < len(x) <= 32 and weight.numel() > 100_000 and weight.device.type == "cpu" and x.dtype == torch.float32:
-        return (weight @ x.T).T.contiguous()
+    if weight.numel() > 100_000 and _few(x):
+        return torch.cat([(part @ x.T).T for part in weight.split(4096)], 1) # parts that are still in the cache when they are turned
     return F.linear(x, weight)
 
 
@@ -436,15 +440,15 @@ def _merged(
     originals = []
     try:
         for layer in layers:
-            weight = layer.get_base_layer().weight
-            originals.append((layer, weight, weight.data))
+            weight = layer.get_base_layer().weight.data
+            originals.append((layer, weight, weight.clone()))
             for adapter in layer.active_adapters:
-                weight.data = weight.data + layer.get_delta_weight(adapter).to(weight.dtype)
+                weight.add_(layer.get_delta_weight(adapter).to(weight.dtype)) # in place: its neighbors in memory stay its neighbors
                 layer.merged_adapters.append(adapter)
         yield
     finally:
         for layer, weight, original in originals:
-            weight.data = original
+            weight.copy_(original)
             layer.merged_adapters.clear()
 
 # %% ../nbs/tools/models.ipynb #0dbe0f66
@@ -458,6 +462,7 @@ class Policy:
     ):
         self.model, self.tokenizer, self.name = model, tokenizer, name
         self.kind = "seq2seq" if model.config.is_encoder_decoder else "causal"
+        self._steps = _T5Steps if self.kind == "seq2seq" and model.config.model_type == "t5" else _CachedSteps
         self.value_head = None
         self.max_rows, self.max_tokens = 128, 16_384 # of one batch
         self._peft, self._frozen = None, []
@@ -606,7 +611,6 @@ class Policy:
                               "example 1.0.")
         self._check_length(prompts, max_new_tokens)
         self.model.eval()
-        own = self.kind == "seq2seq" and self.model.config.model_type == "t5"
         results = [None] * (len(prompts) * n), [None] * (len(prompts) * n), [None] * (len(prompts) * n)
         states = [None] * len(prompts) if record and self._encoder_is_fixed() else None
         bar = tqdm(total=len(prompts) * n, desc="replies", leave=False,
@@ -614,8 +618,7 @@ class Policy:
         with _merged(self.model), bar:
             for batch in _batches([len(p) for p in prompts], max(1, self.max_rows // n), max(1, self.max_tokens // n)):
                 ids, mask = self._pad_prompts([prompts[i] for i in batch])
-                steps = (_T5Steps if own else _CachedSteps)(self.model, ids, mask, max_new_tokens,
-                                                            record and self.value_head is not None)
+                steps = self._steps(self.model, ids, mask, max_new_tokens, record and self.value_head is not None)
                 if states is not None:
                     for i, row in zip(batch, steps.states):
                         states[i] = row
@@ -689,11 +692,11 @@ class Policy:
     ) -> torch.Tensor: # KL(policy || reference) at every position, in nats, `(B, T)`, 0 where masked
         """KL divergence from the reference over the whole vocabulary, in place of its one-token estimate."""
         prompt_rows, response_rows, temperature = self._rows(prompts, responses, None)
-        def both(*batch):
+        def both(*batch, **known):
             with _merged(self.model):
-                p = _scaled(self._forward(*batch)[0], temperature).log_softmax(-1)
+                p = _scaled(self._forward(*batch, **known)[0], temperature).log_softmax(-1)
             with self.reference():
-                q = _scaled(self._forward(*batch)[0], temperature).log_softmax(-1)
+                q = _scaled(self._forward(*batch, **known)[0], temperature).log_softmax(-1)
             return (p.exp() * (p - q)).sum(-1)
         return self._join(self._score(prompt_rows, response_rows, both, forward=False), response_rows)[0]
 
@@ -761,12 +764,14 @@ class Policy:
         return scores.to(self.device), mask.float().to(self.device)
 
     @torch.no_grad()
-    def _score(self, prompts, responses, read, forward=True, states=None):
-        """Apply `read(logits, ids, rows)` batch by batch; one tensor per row, on the CPU, in the order given."""
+    def _score(self, prompts, responses, read, forward=True, states=None, width=None):
+        """Apply `read(logits, ids, rows)` batch by batch; one tensor per row, on the CPU, in the order given.
+
+        Without `forward`, `read` gets what the model would read; it holds `width` logits of a token at a time (None: all)."""
         results = [None] * len(prompts)
         self._check_length(prompts, max(map(len, responses), default=0))
         lengths = [len(p) + len(r) for p, r in zip(prompts, responses)]
-        logits = max(map(len, responses), default=1) * self.model.config.vocab_size
+        logits = max(map(len, responses), default=1) * (width or self.model.config.vocab_size)
         rows = max(1, min(2 * self.max_rows, 8_000_000 // logits)) # at most about 32 MB of logits
         with _merged(self.model) if forward else nullcontext():
             for batch in _batches(lengths, rows, self.max_tokens):
@@ -777,7 +782,8 @@ class Policy:
                 index = torch.tensor([number[tuple(prompts[i])] for i in batch], device=self.device)
                 written, written_mask = (x.to(self.device) for x in _pad([responses[i] for i in batch], value=self.pad))
                 inputs = ids, mask, written, written_mask, index
-                scores = read(self._forward(*inputs, states=known)[0], written, batch) if forward else read(*inputs)
+                scores = (read(self._forward(*inputs, states=known)[0], written, batch) if forward
+                          else read(*inputs, states=known))
                 for i, row in zip(batch, scores.cpu()):
                     results[i] = row
         return results

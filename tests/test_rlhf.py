@@ -16,8 +16,8 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast, T
 
 from cai_course import rlhf
 from cai_course.errors import CourseError
-from cai_course.fused import _Head, fuse_t5
-from cai_course.models import Policy, Samples, base_weight, load_policy, stacked_weight
+from cai_course.fused import _ColumnSteps, _Head, fuse_t5
+from cai_course.models import Policy, Samples, _merged, _T5Steps, base_weight, load_policy, stacked_weight
 from cai_course.ppo import PPOConfig, Rollout, policy_loss, ppo_loss, ppo_update
 from cai_course.rl import gae, whiten
 from cai_course.rlhf import (TEXT_PPO, AdaptiveKL, FixedKL, RLHFConfig, careless, check_start, kl_per_token, lora_size, shape_rewards,
@@ -519,6 +519,35 @@ def test_the_fused_pass_is_the_ordinary_one(trl):
             policy.value_head.zero_grad()
         assert texts[0] == texts[1]
         for ours, theirs in zip(*seen, strict=True): close(theirs, ours, tolerance=5e-5)  # the folded adapters make a very sharp model
+
+
+def test_replies_as_columns_are_replies_as_rows(trl):
+    policy = fuse_t5(as_policy(trl))
+    prompts = [" ".join(f"t{5 + (i * j) % 40}" for j in range(1, 4 + i % 5)) for i in range(14)]  # of different lengths
+    ids, mask = policy._pad_prompts(policy.encode(prompts))
+    with torch.no_grad(), _merged(policy.model):
+        columns, rows = (steps(policy.model, ids, mask, 6, True) for steps in (_ColumnSteps, _T5Steps))
+        tokens = None
+        for keep in (14, 14, 13, 13, 3, 3):  # 3 are too few for columns
+            found = columns(tokens), rows(tokens)
+            for ours, theirs in zip(*found, strict=True): close(theirs, ours)
+            assert columns.t == rows.t
+            tokens, kept = found[1][0].argmax(-1)[:keep], torch.arange(keep).flip(0)
+            columns.select(kept), rows.select(kept)
+            tokens = tokens.flip(0)
+    assert policy._steps is _ColumnSteps and as_policy(trl)._steps is _T5Steps
+
+
+def test_writing_leaves_every_weight_as_it_was_even_if_it_is_cut_off(trl, monkeypatch):
+    policy = fuse_t5(as_policy(trl))
+    before = {name: (p.data_ptr(), p.detach().clone()) for name, p in policy.model.named_parameters()}
+    def same(): return all(p.data_ptr() == before[n][0] and torch.equal(p, before[n][1]) for n, p in policy.model.named_parameters())
+    policy.generate(["t5 t6 t7"] * 2, 8, seed=1)
+    assert same()
+    def broken(*args): raise KeyboardInterrupt
+    monkeypatch.setattr(policy, "_decode_batch", broken)
+    with pytest.raises(KeyboardInterrupt): policy.generate(["t5 t6 t7"], 8)
+    assert same()
 
 
 def test_bfloat16_changes_nothing_but_rounding_and_the_fused_pass_rounds_no_worse(trl):
