@@ -26,8 +26,8 @@ figure is the median over the rounds, after one round to warm up. On a busy comp
 not count in. The first iteration of ours also checks its start, and is not counted.
 
 The floor is the time of the matrix products alone: operations of one iteration (writing with a cache and a merged adapter, one pass of the
-reference, epochs of forward and backward passes through frozen weights) at the rate that torch reaches on a large product in this run. Narrow
-products of single decoding steps, softmax, norms and sampling are left out, so nothing reaches the floor.
+reference, epochs of forward and backward passes through frozen weights) at the rate that torch reaches on a large product between the
+iterations (the median). Narrow products of single decoding steps, softmax, norms and sampling are left out, so nothing reaches the floor.
 """
 import argparse
 import json
@@ -207,13 +207,14 @@ def measure(size: str, dtype: str, name: str, rounds: int, threads: int, trl_pyt
                   decoder_only=name == "decoder")
     theirs = trl_python and Worker(trl_python, "trl", threads, size=size, dtype=dtype, **setting)
     versions = {"ours": ours.last["versions"], **({"trl": theirs.last["versions"]} if theirs else {})}
-    log = {"ours": [], "trl": []}
+    log, rates = {"ours": [], "trl": []}, []
     for turn in range(rounds + 1):
+        rates.append(matmul_rate(dtype, threads)) # beside the iterations: on a shared computer it rises and falls with them
         for side, worker in (("ours", ours), ("trl", theirs)):
             if worker: log[side].append(worker.turn())
     for worker in (ours, theirs):
         if worker: worker.stop()
-    gflop, rate = operations(size, setting["epochs"], name == "decoder"), matmul_rate(dtype, threads)
+    gflop, rate = operations(size, setting["epochs"], name == "decoder"), statistics.median(rates)
     def median(side, key): return statistics.median(row[key] for row in log[side][1:])
     row = dict(size=size, dtype=dtype, setting=name, epochs=setting["epochs"], seconds=median("ours", "seconds"), cpu=median("ours", "cpu"),
                generate=median("ours", "generate"), peak_mb=ours.last["peak_mb"], gflop=gflop, gflops=rate, floor=gflop / rate,

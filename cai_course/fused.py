@@ -214,19 +214,20 @@ class _FusedStack:
     def _fits(self, rest) -> bool: # Is this a case that is known here?
         if self.stack.training or rest.get("inputs_embeds") is not None or rest.get("past_key_values") is not None:
             return False
-        kinds = {weight.dtype for name, weight in self.stack.named_parameters() if "lora_" not in name}
-        if rest.get("use_cache") or len(kinds) > 1 or kinds.pop() not in (torch.float32, torch.bfloat16):
-            return False
-        if self.stack.final_layer_norm.weight.requires_grad: # a model that learns as a whole
+        kinds = {self.stack.embed_tokens.weight.dtype, self.stack.final_layer_norm.weight.dtype}
+        if rest.get("use_cache") or self.stack.final_layer_norm.weight.requires_grad: # the latter: a model that learns as a whole
             return False
         for block in self.stack.block:
-            for sub in block.layer[:-1]:
-                attention = getattr(sub, "SelfAttention", None) or sub.EncDecAttention
-                if _lora(attention.o) is not None or any(_lora(x) is False for x in (attention.q, attention.k, attention.v)):
-                    return False
-            if any(_lora(getattr(block.layer[-1].DenseReluDense, name)) is not None for name in ("wi_0", "wi_1", "wo")):
+            *attentions, feed = block.layer
+            bare, adapted = [feed.DenseReluDense.wi_0, feed.DenseReluDense.wi_1, feed.DenseReluDense.wo], []
+            for layer in attentions:
+                attention = getattr(layer, "SelfAttention", None) or layer.EncDecAttention
+                bare.append(attention.o)
+                adapted += attention.q, attention.k, attention.v
+            if any(_lora(x) is not None for x in bare) or any(_lora(x) is False for x in adapted):
                 return False
-        return True
+            kinds |= {base_weight(x).dtype for x in bare + adapted} | {layer.layer_norm.weight.dtype for layer in block.layer}
+        return len(kinds) == 1 and kinds.pop() in (torch.float32, torch.bfloat16)
 
     def _heads(self, x, layer_norm, linears, size): # (n, d) -> one (B, s, h, k) of each linear layer
         places, adapters, width = [], [], base_weight(linears[0]).shape[0]
@@ -289,7 +290,7 @@ def _token_scores(policy, temperature, ids, mask, written, written_mask, states=
     model = policy.model
     if _lora(model.lm_head) is not None or base_weight(model.lm_head).requires_grad:
         return Policy._token_scores(policy, temperature, ids, mask, written, written_mask, states)
-    model.eval()
+    if model.training or model.encoder.training or model.decoder.training: model.eval() # which visits hundreds of modules
     if states is None: states = model.encoder(input_ids=ids, attention_mask=mask).last_hidden_state
     hidden = model.decoder(input_ids=_one_behind(model, written), encoder_hidden_states=states, encoder_attention_mask=mask,
                            use_cache=False).last_hidden_state # (b, T, d)
