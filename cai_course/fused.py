@@ -345,7 +345,7 @@ def _lay_together(*linears): # their weights behind each other in memory
 
 def fuse_t5(
     policy: Policy, # A T5 of the gated kind, such as FLAN-T5
-) -> Policy: # The same policy; it now trains and scores faster, and rounds differently
+) -> Policy: # The same policy; it now writes, scores and trains faster, and rounds differently
     """Let a T5 compute in fewer passes over memory, for training larger models on a CPU.
 
     Raises `CourseError` for other models.

@@ -538,13 +538,23 @@ def test_replies_as_columns_are_replies_as_rows(trl):
     assert policy._steps is _ColumnSteps and as_policy(trl)._steps is _T5Steps
 
 
+def test_fused_scores_of_several_replies_to_one_prompt_and_of_none(trl):
+    prompts, replies = ["t5 t6 t7", "t8", "t5 t6 t7", "t5 t6 t7"], ["t9", "t9 t10 t11", "t12 t13", "t9 t10"]
+    plain, fused = as_policy(trl), fuse_t5(as_policy(trl))
+    for ours, theirs in zip(fused.logprobs(prompts, replies), plain.logprobs(prompts, replies), strict=True): close(theirs, ours)
+    assert fused.logprobs([], [])[0].shape == (0, 0)
+    with pytest.raises(CourseError, match="4 prompts and 1 responses"): fused.logprobs(prompts, ["t9"])
+
+
 def test_writing_leaves_every_weight_as_it_was_even_if_it_is_cut_off(trl, monkeypatch):
     policy = fuse_t5(as_policy(trl))
     before = {name: (p.data_ptr(), p.detach().clone()) for name, p in policy.model.named_parameters()}
     def same(): return all(p.data_ptr() == before[n][0] and torch.equal(p, before[n][1]) for n, p in policy.model.named_parameters())
     policy.generate(["t5 t6 t7"] * 2, 8, seed=1)
     assert same()
-    def broken(*args): raise KeyboardInterrupt
+    def broken(*args):
+        assert not same()  # the adapter is merged here
+        raise KeyboardInterrupt
     monkeypatch.setattr(policy, "_decode_batch", broken)
     with pytest.raises(KeyboardInterrupt): policy.generate(["t5 t6 t7"], 8)
     assert same()
